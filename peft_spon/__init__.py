@@ -1,0 +1,52 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+"""SPON: activation sparsity for language models, repaired by trained anchors, as a PEFT adapter.
+
+Importing this package registers SPON with PEFT.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .calibration import CalibrationResult, calibrate
+from .config import SponConfig
+from .criteria import CRITERIA, Criterion
+from .evaluation import EvaluationResult, evaluate
+from .layer import SponLayer, SponLinear, dense_mode, every_token_sparse, without_anchors
+from .model import SponModel, set_sparsity
+from .register import register
+
+
+if TYPE_CHECKING:
+    from .trainer import SponTrainer, SponTrainingConfig
+
+register()
+
+__all__ = [
+    "CRITERIA",
+    "CalibrationResult",
+    "Criterion",
+    "EvaluationResult",
+    "SponConfig",
+    "SponLayer",
+    "SponLinear",
+    "SponModel",
+    "SponTrainer",
+    "SponTrainingConfig",
+    "__version__",
+    "calibrate",
+    "dense_mode",
+    "evaluate",
+    "every_token_sparse",
+    "set_sparsity",
+    "without_anchors",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The trainer needs TRL, which is large and optional; everything else works without it.
+    if name in ("SponTrainer", "SponTrainingConfig"):
+        from . import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,347 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The dials of a SPON adapter."""
+
+import os
+import re
+import tempfile
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import file_exists
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from packaging.version import InvalidVersion, Version
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from ._version import __version__
+from .cards import adapter_card
+from .checksums import fields_checksum
+from .criteria import CRITERIA, Criterion
+
+
+class SponPeftType(str, Enum):
+    """The peft type of SPON adapters. Private to this package: PEFT's own enum is closed and stays untouched."""
+
+    SPON = "SPON"
+
+
+ANCHOR_SPACES = ("input", "output")
+# Fields that change what the adapted model computes.
+COMPUTING_FIELDS = (
+    "sparsity",
+    "sparsity_pattern",
+    "criterion",
+    "criterion_kwargs",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "anchor_modules",
+    "anchor_space",
+    "gain",
+    "prefill",
+    "modules_to_save",
+    "calibrated",
+)
+
+
+@dataclass
+class SponConfig(PeftConfig):
+    """
+    Configuration of a SPON adapter: which linear layers become sparse, how, and what repairs them.
+
+    A targeted layer with weight W computes `y = W (S(x) + anchor) + b` (SPON, arXiv 2512.12744): S zeroes the
+    unimportant entries of the input, the anchor is a trained vector that does not depend on the input.
+
+    Args:
+        sparsity (`float`, *optional*, defaults to `0.5`):
+            Share of the entries of every targeted layer's input that S zeroes, in [0, 1).
+        sparsity_pattern (`dict[str, float]`, *optional*):
+            Layer name or regular expression to sparsity, overriding `sparsity`, matched as LoRA's `rank_pattern`.
+        criterion (`str`, *optional*, defaults to `"weighted"`):
+            What makes an entry important: `"magnitude"`, `"relative"`, `"topk"`, `"wina"` or `"weighted"`.
+        criterion_kwargs (`dict[str, Any]`, *optional*):
+            Dials of the criterion, for example `{"norm": 1.0}` for `"wina"` and `"weighted"`.
+        target_modules (`list[str]` or `str`, *optional*):
+            Names (or one regular expression) of the layers to sparsify; default: every linear layer of the
+            transformer blocks, never the embedding or the output head. `"all-linear"` as in PEFT.
+        exclude_modules (`list[str]` or `str`, *optional*):
+            Names (or one regular expression) of layers to leave alone.
+        layers_to_transform (`list[int]` or `int`, *optional*):
+            Indices of the transformer blocks to sparsify; default: all.
+        layers_pattern (`list[str]` or `str`, *optional*):
+            Name of the list that holds the blocks, if it is not found by itself; needs `layers_to_transform`.
+        anchor_modules (`list[str]` or `str`, *optional*):
+            Which of the targeted layers carry a trainable anchor; default: all of them. `[]`: none.
+        anchor_space (`str`, *optional*, defaults to `"output"`):
+            `"input"`: the anchor has the layer's input size and goes through W, the paper's form. `"output"`: it has
+            the output size and is added behind W; it can reach shifts that W times a vector cannot.
+        gain (`bool`, *optional*, defaults to `True`):
+            Also train one scale per input channel where there is an anchor: `y = W ((1 + gain) * S(x) + anchor) + b`.
+            `False`: anchors alone, as in the paper.
+        init_weights (`bool`, *optional*, defaults to `True`):
+            Start anchors and gains at zero, so that training begins at plain sparsity; `False`: random, for tests.
+        prefill (`str` or `float`, *optional*, defaults to `"sparse"`):
+            `"sparse"`: every token is sparse. `"dense"`: only inputs of one token (decoding) are. A number in
+            [0, 1]: the share of leading tokens of a longer input that stay dense (TEAL's evaluations use 0.5).
+            Dense tokens get no anchor. Training always makes every token sparse.
+        modules_to_save (`list[str]`, *optional*):
+            Other modules to train and save in full, such as a classification head.
+        calibrated (`bool`, *optional*, defaults to `False`):
+            Written by `calibrate`: thresholds are stored with the adapter. Until then layers keep each token's k best
+            entries by the criterion's own score.
+        peft_spon_version (`str`, *optional*):
+            Version of peft_spon that wrote the adapter; filled in by itself.
+        checksums (`dict[str, str]`, *optional*):
+            Of the saved fields and tensors, to notice damaged or mixed up files; filled in by itself.
+
+    Raises:
+        `ValueError`: for an unknown, contradictory or out-of-range setting.
+    """
+
+    sparsity: float = field(
+        default=0.5,
+        metadata={"help": "Share of the entries of every targeted layer's input that S zeroes, in [0, 1)."},
+    )
+    sparsity_pattern: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "Layer name or regular expression to sparsity, overriding `sparsity`."},
+    )
+    criterion: str = field(
+        default="weighted",
+        metadata={"help": "What makes an entry important: magnitude, relative, topk, wina or weighted."},
+    )
+    criterion_kwargs: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Dials of the criterion, for example {'norm': 1.0}."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names (or one regular expression) of the layers to sparsify. Default: every linear layer of the "
+            "transformer blocks, never the embedding or the output head."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names (or one regular expression) of layers to leave alone."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the transformer blocks to sparsify. Default: all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name of the list that holds the blocks; only together with layers_to_transform."},
+    )
+    anchor_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Which targeted layers carry a trainable anchor. Default: all; an empty list: none."},
+    )
+    anchor_space: str = field(
+        default="output",
+        metadata={"help": "Where the anchor is added: 'input' (before W, the paper's form) or 'output' (behind W)."},
+    )
+    gain: bool = field(
+        default=True, metadata={"help": "Also train one scale per input channel where there is an anchor."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "Start anchors and gains at zero; False: random, for tests."}
+    )
+    prefill: str | float = field(
+        default="sparse",
+        metadata={
+            "help": "'sparse': every token is sparse; 'dense': only single-token inputs are; a number in [0, 1]: the "
+            "share of leading tokens that stay dense."
+        },
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Other modules to train and save in full."}
+    )
+    calibrated: bool = field(
+        default=False, metadata={"help": "Written by `calibrate`: thresholds are stored with the adapter."}
+    )
+    peft_spon_version: str | None = field(
+        default=None, metadata={"help": "Version of peft_spon that wrote the adapter; filled in by itself."}
+    )
+    checksums: dict[str, str] | None = field(
+        default=None, metadata={"help": "Of the saved fields and tensors; filled in by itself."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = SponPeftType.SPON
+        for name in ("target_modules", "exclude_modules", "anchor_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+
+        if self.peft_spon_version is None:
+            self.peft_spon_version = __version__
+        check_version(self.peft_spon_version, "peft_spon_version")
+        self._check_fields()
+        check_sparsity(self.sparsity, self.sparsity_pattern)
+        self.make_criterion()
+        if self.anchor_space not in ANCHOR_SPACES:
+            raise ValueError(f"anchor_space is {self.anchor_space!r}; use one of {', '.join(ANCHOR_SPACES)}.")
+        check_prefill(self.prefill)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern is {self.layers_pattern!r} but layers_to_transform is not set; name the blocks to "
+                "sparsify in layers_to_transform, or drop layers_pattern."
+            )
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            if self.layers_to_transform is not None:
+                raise ValueError(
+                    f"layers_to_transform is {self.layers_to_transform!r} but target_modules is the regular "
+                    f"expression {self.target_modules!r}, which already decides; put the block index into it."
+                )
+        if not isinstance(self.calibrated, bool):
+            raise ValueError(f"calibrated is {self.calibrated!r}; it is True or False and written by calibrate().")
+        # Of the tensors that are about to be saved with this configuration, see SponModel.
+        self._tensors_checksum: str | None = None
+
+    @classmethod
+    def published(cls, **kwargs: Any) -> "SponConfig":
+        """
+        The adapter of the paper (SPON, arXiv 2512.12744) as two independent replications have it: magnitude
+        thresholds in every linear layer, anchors in front of `down_proj` alone, no gain. Train it with
+        [`SponTrainingConfig.published`].
+
+        Args:
+            kwargs: any other field, or one to override; `anchor_modules` for models without a `down_proj`.
+        """
+        recipe = {"criterion": "magnitude", "anchor_space": "input", "anchor_modules": ["down_proj"], "gain": False}
+        return cls(**{**recipe, **kwargs})
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's, with checksums and a model card, written aside and moved into place."""
+        self.peft_spon_version = __version__
+        checksums = {"fields": self._fields_checksum()}
+        if self._tensors_checksum is not None:
+            checksums["tensors"] = self._tensors_checksum
+        self.checksums = checksums
+        os.makedirs(save_directory, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".spon-saving-", dir=save_directory) as aside:
+            super().save_pretrained(aside, **kwargs)
+            os.replace(os.path.join(aside, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
+        self.checksums = None
+        adapter_card(save_directory, self)
+
+    def _check_fields(self) -> None:
+        """Compare with the checksum in the file; the one of the tensors waits for the tensors."""
+        checksums = {} if self.checksums is None else self.checksums
+        if not isinstance(checksums, dict):
+            raise ValueError(f"checksums is {checksums!r}; {CONFIG_NAME} is damaged or was edited. Save it again.")
+        if "fields" in checksums and checksums["fields"] != self._fields_checksum():
+            values = ", ".join(f"{name}={getattr(self, name)!r}" for name in COMPUTING_FIELDS[:4] + ("prefill",))
+            raise ValueError(
+                f"{CONFIG_NAME} is not as it was saved: a field that decides what is computed was edited or is "
+                f"missing (it now says {values}). To change a setting, set it on a loaded SponConfig and pass that: "
+                "PeftModel.from_pretrained(base, folder, config=config)."
+            )
+        self.checksums = {"tensors": checksums["tensors"]} if "tensors" in checksums else None
+
+    def _fields_checksum(self) -> str:
+        return fields_checksum({name: getattr(self, name) for name in COMPUTING_FIELDS})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        """As PEFT's, but refuses pickled weights, damaged files and hand-edited fields.
+
+        Raises:
+            `ValueError`: naming the file and the cause.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        prefix = f"{subfolder}/" if subfolder else ""
+        is_local = Path(pretrained_model_name_or_path).is_dir()
+
+        def exists(name: str) -> bool:
+            if is_local:
+                return Path(pretrained_model_name_or_path, prefix + name).is_file()
+            where = {key: kwargs[key] for key in ("revision", "token") if key in kwargs}
+            return not HF_HUB_OFFLINE and file_exists(pretrained_model_name_or_path, prefix + name, **where)
+
+        if exists(WEIGHTS_NAME) and not exists(SAFETENSORS_WEIGHTS_NAME):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds its weights as {WEIGHTS_NAME}, a pickle, and SPON adapters "
+                f"load from safetensors only; ask its author to save it again, as {SAFETENSORS_WEIGHTS_NAME}."
+            )
+        weights = Path(pretrained_model_name_or_path, prefix + SAFETENSORS_WEIGHTS_NAME)
+        if is_local and weights.is_file():
+            try:
+                with safe_open(weights, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(f"{weights} is damaged or incomplete ({error}); save the adapter again.") from None
+        return config
+
+    def make_criterion(self) -> Criterion:
+        """The criterion object that `criterion` and `criterion_kwargs` describe.
+
+        Raises:
+            `ValueError`: unknown criterion, or a dial that it does not have.
+        """
+        return make_criterion(self.criterion, self.criterion_kwargs)
+
+
+def make_criterion(name: str, dials: dict[str, Any]) -> Criterion:
+    """A criterion from its name and dials.
+
+    Raises:
+        `ValueError`: unknown criterion, or a dial that it does not have.
+    """
+    if not isinstance(name, str) or name not in CRITERIA:
+        raise ValueError(f"criterion is {name!r}; use one of {', '.join(CRITERIA)}.")
+    cls = CRITERIA[name]
+    if not isinstance(dials, dict):
+        raise ValueError(f"criterion_kwargs is {dials!r}; use a dictionary of dials.")
+    known = {f.name for f in fields(cls)}
+    unknown = set(dials) - known
+    if unknown:
+        raise ValueError(
+            f"criterion_kwargs has {sorted(unknown)} but the dials of criterion {name!r} are "
+            f"{sorted(known) or 'none'}; drop or rename them."
+        )
+    return cls(**dials)
+
+
+def check_version(version: str, where: str) -> None:
+    """Raises `ValueError` for what is no version, or one with a newer minor version than the installed one."""
+    try:
+        saved, installed = Version(version), Version(__version__)
+    except (InvalidVersion, TypeError):
+        raise ValueError(
+            f"{where} is {version!r}, which is not a version such as {__version__!r}; restore it or leave it out."
+        ) from None
+    # Patch releases may add fields (unknown ones are dropped with a warning) but never change what is stored.
+    if saved.release[:2] > installed.release[:2]:
+        raise ValueError(
+            f"This was saved by peft_spon {saved}, newer than the installed {installed}, and may mean something else "
+            "here. Upgrade: pip install -U peft_spon"
+        )
+
+
+def check_sparsity(sparsity: float, pattern: dict[str, float]) -> None:
+    """Raises `ValueError` unless every sparsity is a number in [0, 1) and every pattern a regular expression."""
+    if not isinstance(pattern, dict):
+        raise ValueError(f"sparsity_pattern is {pattern!r}; use a dictionary of layer name to sparsity.")
+    named = {"sparsity": sparsity, **{f"sparsity_pattern[{key!r}]": value for key, value in pattern.items()}}
+    for name, value in named.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise ValueError(f"{name} is {value!r}; use a number in [0, 1), for example 0.5 to zero half the inputs.")
+    for key in pattern:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ValueError(f"sparsity_pattern[{key!r}] is not a regular expression: {error}.") from None
+
+
+def check_prefill(prefill: str | float) -> None:
+    """Raises `ValueError` unless `prefill` is `"sparse"`, `"dense"` or a number in [0, 1]."""
+    is_share = isinstance(prefill, (int, float)) and not isinstance(prefill, bool) and 0 <= prefill <= 1
+    if prefill not in ("sparse", "dense") and not is_share:
+        raise ValueError(
+            f"prefill is {prefill!r}; use 'sparse', 'dense' or the share of leading tokens left dense, in [0, 1]."
+        )

@@ -1,0 +1,19 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from .base import Criterion
+
+
+@dataclass(frozen=True)
+class Magnitude(Criterion):
+    """Keep x_i when |x_i| > threshold, one calibrated threshold per layer. TEAL, arXiv 2408.14690, section 4."""
+
+    name: ClassVar[str] = "magnitude"
+
+    def score(self, x: torch.Tensor, column_norms: torch.Tensor | None = None) -> torch.Tensor:
+        return x.detach().float().abs()

@@ -1,0 +1,25 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from .base import Criterion
+
+
+@dataclass(frozen=True)
+class Relative(Criterion):
+    """Keep x_i when |x_i| > threshold * rms(x), rms over the token. Ours: `magnitude` made scale-free."""
+
+    name: ClassVar[str] = "relative"
+
+    def score(self, x: torch.Tensor, column_norms: torch.Tensor | None = None) -> torch.Tensor:
+        return relative_to_rms(x.detach().float().abs())
+
+
+def relative_to_rms(score: torch.Tensor) -> torch.Tensor:
+    """Scores (..., in) divided, in place, by their root mean square over the last axis; all-zero tokens stay zero."""
+    rms = torch.linalg.vector_norm(score, dim=-1, keepdim=True) * score.shape[-1] ** -0.5
+    return score.div_(rms.clamp_min_(torch.finfo(torch.float32).tiny))

@@ -1,0 +1,186 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Dense teacher and sparse student in one forward of one model, compared in front of its output head."""
+
+import functools
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.utils import logging
+
+from .layer import dense_mode
+from .losses import OutputHead, compare_hidden, compare_logits
+
+
+logger = logging.get_logger(__name__)
+
+
+class SelfDistillation:
+    """
+    Stands in for the `forward` of a causal language model and gives it a second way to be called.
+
+    Inside a `with` block, `model(**inputs, distill_labels=labels)` runs the model with SPON off (the teacher: no
+    gradient, no dropout), then with SPON on, and returns the per-token [`losses.Distillation`] as a dict; without that
+    argument nothing changes.
+    It must be one call: wrappers that shard or synchronise (DDP, FSDP2, ZeRO-3) only see what happens inside their own
+    forward.
+
+    The logits of all tokens are not made. What goes into the output head is caught on its way and compared in chunks;
+    the model's own logits of the last token serve to check that we know what the model does after its head
+    (scale, soft cap). A model that does something else is trained on plain logits, and that is said once.
+
+    Args:
+        model (`torch.nn.Module`): the model to call, without PEFT's wrapper.
+        temperature (`float`): divides the logits of both in the KL.
+        lean (`bool`, *optional*, defaults to `True`): `False`: always plain logits.
+    """
+
+    def __init__(self, model: nn.Module, temperature: float, lean: bool = True):
+        self.model = model
+        self.temperature = temperature
+        self.lean = lean
+        self.scale: float | None = None  # what the model multiplies its logits by; None: not looked at yet
+        functools.update_wrapper(self, model.forward, updated=())
+
+    def __enter__(self) -> None:
+        """Take the place of the model's forward, for as long as the `with` block lasts."""
+        self.replaced = vars(self.model).get("forward")  # where another library has put its own over the class's
+        self.forward = self.model.forward
+        self.model.forward = self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.replaced is None:
+            del self.model.forward
+        else:
+            self.model.forward = self.replaced
+
+    def __call__(self, *args: Any, distill_labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if distill_labels is None:
+            return self.forward(*args, **kwargs)
+        # The prediction at position t is for the label at t + 1.
+        counted = distill_labels[:, 1:] != -100
+        labels = distill_labels[:, 1:][counted]
+        if self.lean and self.scale is None:
+            problem = self._inspect(args, kwargs)
+            if problem:
+                self.lean = False
+                logger.warning(f"The distillation loss holds the logits of all tokens, in fp32: {problem}.")
+        with torch.no_grad(), dense_mode(self.model), evaluation_mode(self.model):
+            teacher = predictions(self._run(args, kwargs), counted)
+        student = predictions(self._run(args, kwargs), counted)
+        labels = labels.to(student.device)
+        if not self.lean:
+            result = compare_logits(student, teacher, labels, self.temperature)
+        else:
+            with gathered_head(self.model.get_output_embeddings()) as (weight, bias):
+                head = OutputHead(weight, bias, self.scale, softcap_of(self.model))
+                result = compare_hidden(student, teacher, labels, head, self.temperature)
+        return vars(result)
+
+    def _run(self, args: tuple, kwargs: dict) -> torch.Tensor:
+        """What the model feeds its head, shape (batch, tokens, hidden), or without `lean` its logits."""
+        return self._catch(args, kwargs)[0] if self.lean else self.forward(*args, **kwargs).logits
+
+    def _catch(self, args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states in front of the head, and the model's logits of the last position: (batch, 1, vocabulary)."""
+        caught = []
+
+        def keep_last(module: nn.Module, head_args: tuple) -> tuple:
+            caught.append(head_args[0])
+            return (head_args[0][:, -1:], *head_args[1:])
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(keep_last)
+        try:
+            logits = self.forward(*args, **kwargs).logits
+        finally:
+            handle.remove()
+        if len(caught) != 1:
+            raise RuntimeError(f"The output head ran {len(caught)} times in one forward.")
+        return caught[0], logits
+
+    @torch.no_grad()
+    def _inspect(self, args: tuple, kwargs: dict) -> str | None:
+        """Find the scale of the logits and check what we compute against the model; or say what is in the way."""
+        problem = head_problem(self.model)
+        if problem:
+            return problem
+        calls = []
+        counter = self.model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+        with evaluation_mode(self.model):
+            try:
+                self.forward(*args, **kwargs)
+            finally:
+                counter.remove()
+            if len(calls) != 1:
+                return f"the output head of {type(self.model).__name__} runs {len(calls)} times in a forward"
+            hidden, wanted = self._catch(args, kwargs)
+        with gathered_head(self.model.get_output_embeddings()) as (weight, bias):
+            raw = OutputHead(weight, bias).logits(hidden[:, -1])
+            softcap = softcap_of(self.model)
+            wanted = wanted[:, -1].float()
+            if raw.shape != wanted.shape:
+                return f"{type(self.model).__name__} changes its logits' shape behind the output head"
+            uncapped = wanted if softcap is None else softcap * (wanted / softcap).clamp(-0.999999, 0.999999).atanh()
+            scale = float((raw * uncapped).sum() / raw.square().sum().clamp_min(1e-30))
+            # bf16 keeps 3 digits of a logit.
+            tolerance = 1e-4 if weight.dtype == torch.float32 else 3e-2
+            scale = 1.0 if abs(scale - 1) < 1e-3 else scale
+            ours = OutputHead(weight, bias, scale, softcap).logits(hidden[:, -1])
+        if not (ours - wanted).abs().max() <= tolerance * wanted.abs().max():
+            return f"{type(self.model).__name__} changes its logits behind the output head in a way not known here"
+        self.scale = scale
+        return None
+
+
+def predictions(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Of values (batch, tokens, ...) those that predict a counted label (batch, tokens - 1): (counted, ...)."""
+    return values[:, :-1][counted.to(values.device)]
+
+
+def head_problem(model: nn.Module) -> str | None:
+    """Why the loss cannot look in front of the output head of a model, or None."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        return f"{type(model).__name__} has no output head (get_output_embeddings)"
+    weight = getattr(head, "weight", None)
+    if not isinstance(head, nn.Linear) or not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        return f"its output head, {type(head).__name__}, is no plain linear layer"
+    if any(parameter.requires_grad for parameter in head.parameters()):
+        return "its output head is trained"
+    if weight.device.type == "meta":
+        return "its output head is offloaded"
+    return None
+
+
+def softcap_of(model: nn.Module) -> float | None:
+    """Where the model caps its logits, c tanh(z / c) (Gemma 2 and 3), or None."""
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+@contextmanager
+def gathered_head(head: nn.Linear):
+    """Weight and bias of the output head, whole and detached, where FSDP2 or ZeRO-3 shard them."""
+    if hasattr(head.weight, "ds_id"):
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(list(head.parameters())):
+            yield head.weight.detach(), None if head.bias is None else head.bias.detach()
+        return
+    weight, bias = (value.full_tensor() if isinstance(value, DTensor) else value for value in (head.weight, head.bias))
+    yield weight.detach(), None if bias is None else bias.detach()
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module):
+    """`with evaluation_mode(model):` dropout off, every module's own mode restored after."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

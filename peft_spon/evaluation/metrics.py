@@ -1,0 +1,252 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity, KL to dense, top-1 agreement and realised sparsity of a model with a SPON adapter."""
+
+import math
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from ..data import Batch, iter_batches, to_device
+from ..layer import SponLayer, dense_mode, every_token_sparse, spon_layers, without_anchors
+from ..model import resolve_adapter
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One way of running the model, over all predicted tokens.
+
+    Attributes:
+        perplexity (`float`): exp of the mean negative log-likelihood per token.
+        standard_error (`float`): of the perplexity, from the variance of the tokens' log-likelihoods.
+        kl (`float`): mean KL(dense || this) of the next-token distributions, in nats per token.
+        top1_agreement (`float`): share of tokens whose most likely next token is the dense model's.
+        sparsity (`float`): realised share of input entries that S zeroed, layers weighted by their weight counts.
+    """
+
+    perplexity: float
+    standard_error: float
+    kl: float
+    top1_agreement: float
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Outcome of [`evaluate`]; `print(result)` shows the table.
+
+    Attributes:
+        dense, sparse, anchored ([`Scores`]): adapter off; S on, anchors and gains off; all on (`None` for an adapter
+            without anchors).
+        tokens (`int`): predicted tokens.
+        sparse_tokens (`str`): which tokens were sparse.
+        layer_sparsity (`dict[str, float]`): realised sparsity of every layer, anchors on.
+    """
+
+    dense: Scores
+    sparse: Scores
+    anchored: Scores | None
+    tokens: int
+    sparse_tokens: str
+    layer_sparsity: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def damage_removed(self) -> float:
+        """Share of plain sparsity's rise in perplexity that the anchors take back (NaN without rise or anchors)."""
+        damage = self.sparse.perplexity - self.dense.perplexity
+        if self.anchored is None or damage <= 0:
+            return math.nan
+        return (self.sparse.perplexity - self.anchored.perplexity) / damage
+
+    def __str__(self) -> str:
+        lines = [f"{'':<17} {'perplexity':>15}  {'KL to dense':>11}  {'top-1 as dense':>14}  {'sparsity':>8}"]
+        rows = {"dense": self.dense, "sparse": self.sparse, "sparse + anchors": self.anchored}
+        for name, row in rows.items():
+            if row is None:
+                continue
+            perplexity = f"{row.perplexity:.3f} ± {row.standard_error:.3f}"
+            lines.append(
+                f"{name:<17} {perplexity:>15}  {row.kl:>11.4f}  {row.top1_agreement:>14.1%}  {row.sparsity:>8.1%}"
+            )
+        lines.append(
+            f"{self.tokens:,} predicted tokens; {len(self.layer_sparsity)} sparse layers, {self.sparse_tokens}"
+        )
+        return "\n".join(lines)
+
+    def layer_table(self) -> str:
+        """Realised sparsity of every layer, one line each."""
+        width = max(len(name) for name in self.layer_sparsity)
+        return "\n".join(f"{name:<{width}}  {share:7.2%}" for name, share in self.layer_sparsity.items())
+
+
+class _Sums:
+    """Running sums over tokens for one way of running the model."""
+
+    def __init__(self):
+        self.tokens, self.nll, self.nll_squared, self.kl, self.same = 0, 0.0, 0.0, 0.0, 0
+
+    def add(self, logits: torch.Tensor, dense_logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """logits (tokens, vocabulary) in any dtype, labels (tokens,)."""
+        log_p = F.log_softmax(logits.float(), dim=-1)
+        dense_log_p = F.log_softmax(dense_logits.float(), dim=-1)
+        nll = -log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1).double()
+        self.tokens += len(labels)
+        self.nll += float(nll.sum())
+        self.nll_squared += float(nll.square().sum())
+        self.kl += float((dense_log_p.exp() * (dense_log_p - log_p)).sum(dtype=torch.float64))
+        self.same += int((log_p.argmax(-1) == dense_log_p.argmax(-1)).sum())
+
+    def scores(self, sparsity: float) -> Scores:
+        mean = self.nll / self.tokens
+        variance = max(self.nll_squared / self.tokens - mean**2, 0.0)
+        perplexity = math.exp(mean)
+        error = perplexity * math.sqrt(variance / self.tokens)
+        return Scores(perplexity, error, self.kl / self.tokens, self.same / self.tokens, sparsity)
+
+
+class _ZeroCounter:
+    """Forward pre-hooks that count which input entries S drops, per layer."""
+
+    def __init__(self, layers: dict[str, SponLayer], adapter_name: str):
+        self.layers, self.adapter_name = layers, adapter_name
+        self.dropped = dict.fromkeys(layers, 0)
+        self.seen = dict.fromkeys(layers, 0)
+
+    def __enter__(self):
+        self.handles = [
+            layer.register_forward_pre_hook(lambda module, args, name=name: self.observe(name, module, args[0]))
+            for name, layer in self.layers.items()
+        ]
+        return self
+
+    def __exit__(self, *exception):
+        for handle in self.handles:
+            handle.remove()
+
+    def observe(self, name: str, layer: SponLayer, x: torch.Tensor) -> None:
+        first = layer.first_sparse_token(x, self.adapter_name)
+        sparse = x[..., first:, :] if first else x
+        self.seen[name] += x.numel()
+        if sparse.numel():
+            kept = layer.keep_mask(sparse, self.adapter_name).sum(dtype=torch.float64)
+            self.dropped[name] += sparse.numel() - int(kept)
+
+    def by_layer(self) -> dict[str, float]:
+        return {name: self.dropped[name] / max(self.seen[name], 1) for name in self.layers}
+
+    def overall(self) -> float:
+        weights = {name: layer.in_features * layer.out_features for name, layer in self.layers.items()}
+        shares = self.by_layer()
+        return sum(shares[name] * weights[name] for name in weights) / sum(weights.values())
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    data: Iterable[Any],
+    tokenizer: Any = None,
+    *,
+    adapter_name: str | None = None,
+    every_token: bool = True,
+    batch_size: int = 8,
+    max_length: int = 512,
+    max_tokens: int | None = None,
+    text_column: str = "text",
+    progress: bool | None = None,
+) -> EvaluationResult:
+    """
+    Compare the dense model, the sparse one without anchors and the sparse one with anchors on the same text.
+
+    Args:
+        model (`torch.nn.Module`): a causal or encoder-decoder language model with a SPON adapter.
+        data (`Iterable`): texts, rows of a data set, or batches, see [`data.iter_batches`]. Batches may have
+            `labels` (-100: not counted); encoder-decoder models need them.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): needed for texts.
+        adapter_name (`str`, *optional*): an active adapter; default: the first active one.
+        every_token (`bool`, *optional*, defaults to `True`): sparsify every token; `False`: as the adapter's
+            `prefill` says.
+        batch_size (`int`, *optional*, defaults to 8): blocks per batch.
+        max_length (`int`, *optional*, defaults to 512): tokens per block.
+        max_tokens (`int`, *optional*): stop after that many tokens; default: all of the data.
+        text_column (`str`, *optional*, defaults to `"text"`): column with the texts.
+        progress (`bool`, *optional*): progress bar; default: when standard error is a terminal.
+
+    Returns:
+        [`EvaluationResult`]
+
+    Raises:
+        `ValueError`: no data, no SPON adapter, a model that predicts no next token.
+    """
+    name = resolve_adapter(model, adapter_name, must_be_active=True)
+    layers = {key: layer for key, layer in spon_layers(model).items() if name in layer.spon_settings}
+    has_anchors = any(name in layer.spon_anchor for layer in layers.values())
+    sums = {mode: _Sums() for mode in ("dense", "sparse", *(["anchored"] if has_anchors else []))}
+    zeros = {mode: _ZeroCounter(layers, name) for mode in ("sparse", "anchored")}
+    batches = iter_batches(
+        data, tokenizer, batch_size=batch_size, max_length=max_length, max_tokens=max_tokens, text_column=text_column
+    )
+    was_training = model.training
+    model.eval()
+    try:
+        with tqdm(desc="evaluating", unit=" tokens", disable=None if progress is None else not progress) as bar:
+            for batch in batches:
+                inputs = to_device(batch, model)
+                labels, shift = _labels(model, inputs)
+                with dense_mode(model):
+                    dense = model(**inputs).logits
+                for mode, total in sums.items():
+                    if mode == "dense":
+                        logits = dense
+                    else:
+                        with ExitStack() as stack:
+                            stack.enter_context(zeros[mode])
+                            if every_token:
+                                stack.enter_context(every_token_sparse(model))
+                            if mode == "sparse":
+                                stack.enter_context(without_anchors(model))
+                            logits = model(**inputs).logits
+                    for row, row_dense, row_labels in zip(logits, dense, labels, strict=True):
+                        counted = row_labels != -100
+                        stop = len(row) - shift
+                        total.add(row[:stop][counted], row_dense[:stop][counted], row_labels[counted])
+                bar.update(batch["input_ids"].numel())
+    finally:
+        model.train(was_training)
+    if sums["dense"].tokens == 0:
+        raise ValueError("The data has no token to predict: every label is -100 or every text has one token.")
+    first = next(iter(layers.values())).spon_settings[name].prefill
+    every = every_token or first == "sparse"
+    last = "anchored" if has_anchors else "sparse"
+    return EvaluationResult(
+        dense=sums["dense"].scores(0.0),
+        sparse=sums["sparse"].scores(zeros["sparse"].overall()),
+        anchored=sums["anchored"].scores(zeros["anchored"].overall()) if has_anchors else None,
+        tokens=sums["dense"].tokens,
+        sparse_tokens="S on every token" if every else f"S on tokens as prefill={first!r} says",
+        layer_sparsity=zeros[last].by_layer(),
+    )
+
+
+def _labels(model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, int]:
+    """Labels aligned with the first (tokens - shift) logits: shift 1 for causal models, 0 for encoder-decoders."""
+    if model.config.is_encoder_decoder:
+        if "labels" not in inputs:
+            raise ValueError("An encoder-decoder model is evaluated on batches with labels; the data has none.")
+        return inputs["labels"], 0
+    if not model.can_generate():
+        kind = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+        raise ValueError(
+            f"{kind} predicts no next token, so it has no perplexity; evaluate a ...ForCausalLM or an encoder-decoder "
+            "model."
+        )
+    labels = inputs.get("labels", inputs["input_ids"])[:, 1:].clone()
+    if "attention_mask" in inputs:
+        labels[inputs["attention_mask"][:, 1:] == 0] = -100
+    return labels, 1

@@ -1,0 +1,438 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+"""SPON as a PEFT tuner: finds the linear layers, wraps them, checks what is loaded."""
+
+import copy
+import re
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
+from peft.utils.other import get_pattern_key
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from .checksums import tensors_checksum
+from .config import SponConfig, check_sparsity
+from .layer import SponLayer, SponLinear, has_plain_weight, linear_sizes, plain_name, spon_layers
+from .merged import prepare_saving
+from .sparse_linear import fold_scale
+
+
+class SponModel(BaseTuner):
+    """
+    A model whose targeted linear layers compute `y = W (S(x) + anchor) + b` (SPON, arXiv 2512.12744).
+
+    Made by `peft.get_peft_model(model, SponConfig(...))`; see [`SponConfig`] for the dials.
+
+    Args:
+        model (`torch.nn.Module`): the model to adapt; its weights are frozen and never changed.
+        peft_config (`SponConfig`): the configuration.
+        adapter_name (`str`, *optional*, defaults to `"default"`): name of the adapter.
+        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): create empty anchors on the meta device.
+
+    Example:
+
+    ```python
+    >>> import peft_spon
+    >>> from peft import get_peft_model
+    >>> from transformers import AutoModelForCausalLM
+
+    >>> base = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+    >>> model = get_peft_model(base, peft_spon.SponConfig(sparsity=0.5))
+    ```
+    """
+
+    prefix: str = "spon_"
+    tuner_layer_cls = SponLayer
+    target_module_mapping: dict[str, list[str]] = {}  # targets are found by walking the model, see _prepare_model
+
+    def _prepare_adapter_config(self, peft_config: SponConfig, model_config: dict) -> SponConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: SponConfig, model: nn.Module) -> None:
+        """Resolve the default targets and check everything that can be wrong before a layer is touched."""
+        if peft_config.target_modules is None:
+            targets = default_targets(peft_config, model)
+            peft_config.target_modules = targets
+        if peft_config.target_modules == "all-linear":
+            return
+        names = [name for name, _ in outer_modules(model) if check_target_module_exists(peft_config, name)]
+        for name in names:
+            try:
+                linear_sizes(model.get_submodule(name))
+            except TypeError as error:
+                raise TypeError(f"Target '{name}': {error}") from None
+        if names:
+            check_patterns(peft_config, names)
+
+    def _create_and_replace(
+        self,
+        peft_config: SponConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        sparsity = layer_sparsity(peft_config.sparsity, peft_config.sparsity_pattern, current_key)
+        has_anchor = matches(peft_config.anchor_modules, current_key)
+        if isinstance(target, SponLayer):
+            target.update_layer(adapter_name, peft_config, sparsity, has_anchor)
+            return
+        layer = SponLinear(target, adapter_name, peft_config, sparsity, has_anchor)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's version hands the child's weight on, which layers without a `.weight` do not have.
+        setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+        """Let `model(..., adapter_names=[...])` and `generate` choose one adapter per sample of the batch."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names chooses adapters for inference; call model.eval() first.")
+        unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
+        if unknown:
+            raise ValueError(
+                f"adapter_names has {sorted(unknown)} but the adapters are {sorted(self.peft_config)}; '__base__' "
+                "stands for the dense model."
+            )
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in adapter_names for _ in range(beams)]
+        encoder = self.model.get_encoder() if self.get_model_config(self.model).get("is_encoder_decoder") else None
+        in_encoder = set(encoder.modules()) if encoder is not None else set()
+        handles = []
+        for module in self.modules():
+            if isinstance(module, (SponLayer, AuxiliaryTrainingWrapper)):
+                # Beam search repeats the rows that the decoder sees; the encoder ran before that.
+                names = list(adapter_names) if module in in_encoder else repeated
+                hook = partial(_pass_adapter_names, adapter_names=names)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """
+        Merge adapters: b' = b + W anchor in fp32, S and gains stay active. `unmerge_adapter` restores every bit.
+
+        Args:
+            adapter_names (`list[str]`, *optional*): what to merge, in this order; default: the active adapters.
+            safe_merge (`bool`, *optional*, defaults to `False`): check that everything is finite first.
+
+        Raises:
+            `ValueError`: with `safe_merge`, something is NaN or infinite; nothing is merged then.
+        """
+        before = {layer: list(layer.merged_adapters) for layer in spon_layers(self.model).values()}
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except ValueError:
+            for layer, names in before.items():
+                layer.unmerge()
+                if names:
+                    layer.merge(adapter_names=names)
+            raise
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        fold_gain: bool = False,
+    ) -> nn.Module:
+        """
+        The base model with merged layers: its own class, its linear layers sparse (`SparseLinear`), S active.
+
+        `save_pretrained` of the result writes the base's weights untouched and what SPON adds beside them, and
+        `from_pretrained`, with `import peft_spon`, loads it back; see [`peft_spon.merged`].
+
+        Args:
+            progressbar (`bool`, *optional*, defaults to `False`): show progress.
+            safe_merge (`bool`, *optional*, defaults to `False`): check that everything is finite first.
+            adapter_names (`list[str]`, *optional*): what to merge, in this order; default: the active adapters.
+            fold_gain (`bool`, *optional*, defaults to `False`): multiply the gains into the weights, one rounding of
+                their dtype. Saves a product per input at run time; the weights are then no longer the base's.
+
+        Raises:
+            `ValueError`: with `safe_merge`, something is NaN or infinite; with `fold_gain`, quantised weights.
+        """
+        layers = spon_layers(self.model)
+        for name, layer in layers.items():
+            if fold_gain and layer.spon_gain and not has_plain_weight(layer.get_base_layer()):
+                raise ValueError(
+                    f"fold_gain=True changes weights, and those of '{name}' are not plain floating point; leave it "
+                    "out: the gain then stays a scale of the layer's input."
+                )
+            names = layer.names_to_merge(adapter_names)
+            if safe_merge and names:
+                layer.merged_effect(names, safe_merge)
+        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        if fold_gain:
+            for name in layers:
+                fold_scale(model.get_submodule(name))
+        prepare_saving(model)
+        return model
+
+    def set_sparsity(
+        self, sparsity: float, pattern: dict[str, float] | None = None, adapter_name: str | None = None
+    ) -> None:
+        """
+        Turn the sparsity dial. Calibrated thresholds are re-derived from the stored quantile tables, without data.
+
+        Args:
+            sparsity (`float`): share of the input entries that S zeroes, in [0, 1).
+            pattern (`dict[str, float]`, *optional*): layer name or regular expression to sparsity; replaces the
+                adapter's `sparsity_pattern`. Left out, the pattern is cleared: every layer gets `sparsity`.
+            adapter_name (`str`, *optional*): which adapter; default: the first active one.
+
+        Raises:
+            `ValueError`: a sparsity outside [0, 1), a pattern that matches no layer, an unknown adapter.
+        """
+        set_sparsity(self.model, sparsity, pattern, adapter_name)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SponConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        named = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in found.items()}
+        # The configuration, which PEFT saves next, says which tensors belong to it.
+        config._tensors_checksum = own_checksum(named)
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SponConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        problem = find_problem(model, adapter_name, remapped)
+        wanted = (config.checksums or {}).get("tensors")
+        config.checksums = None  # what is loaded may be changed and saved again
+        if problem is None and wanted is not None and own_checksum(state_dict) not in (wanted, None):
+            problem = (
+                f"{SAFETENSORS_WEIGHTS_NAME} and adapter_config.json do not belong together: the tensors are not "
+                "those that were saved with this configuration. Save or download the adapter again."
+            )
+        if problem:
+            remove_adapter(model, adapter_name)
+            raise ValueError(problem)
+        return remapped
+
+
+def own_checksum(state_dict: dict[str, torch.Tensor]) -> str | None:
+    """Checksum of SPON's tensors in an adapter's state dict; None if a process holds only parts of them."""
+    own = {plain_name(key): value for key, value in state_dict.items() if ".spon_" in key}
+    if any(isinstance(value, DTensor) or value.is_meta for value in own.values()):
+        return None
+    return tensors_checksum(own)
+
+
+def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs
+
+
+def set_sparsity(
+    model: nn.Module, sparsity: float, pattern: dict[str, float] | None = None, adapter_name: str | None = None
+) -> None:
+    """As [`SponModel.set_sparsity`], for any model that holds SPON layers (transformers' `add_adapter` too)."""
+    pattern = pattern or {}
+    check_sparsity(sparsity, pattern)
+    name = resolve_adapter(model, adapter_name, may_be_merged=True)
+    layers = {key: layer for key, layer in spon_layers(model).items() if name in layer.spon_settings}
+    check_matches("sparsity_pattern", pattern, list(layers))
+    for key, layer in layers.items():
+        layer.set_sparsity(name, layer_sparsity(sparsity, pattern, key))
+    config = adapter_config(model, name)
+    config.sparsity, config.sparsity_pattern = sparsity, dict(pattern)
+
+
+def resolve_adapter(
+    model: nn.Module, adapter_name: str | None, must_be_active: bool = False, may_be_merged: bool = False
+) -> str:
+    """The given adapter's name, or the first active one.
+
+    Raises:
+        `ValueError`: the model has no SPON layers, no SPON adapter of that name, it is not active but must be, or
+            adapters are merged but must not be.
+    """
+    layers = list(spon_layers(model).values())
+    if not may_be_merged and any(layer.merged for layer in layers):
+        raise ValueError("The adapter is merged, so S and anchors cannot be told apart; call unmerge_adapter() first.")
+    known = sorted({name for layer in layers for name in layer.spon_settings})
+    if not known:
+        raise ValueError(
+            f"{type(model).__name__} has no SPON adapter; add one: get_peft_model(model, SponConfig(sparsity=0.5))."
+        )
+    if adapter_name is None:
+        adapter_name = next((n for layer in layers for n in layer.active_adapters if n in layer.spon_settings), None)
+        if adapter_name is None:
+            raise ValueError(f"No SPON adapter is active; call set_adapter() with one of {known}.")
+    if adapter_name not in known:
+        raise ValueError(f"There is no SPON adapter {adapter_name!r}; the model has {known}.")
+    if must_be_active and not any(adapter_name in layer.active_adapters for layer in layers):
+        raise ValueError(f"Adapter {adapter_name!r} is not active; call model.set_adapter({adapter_name!r}) first.")
+    return adapter_name
+
+
+def adapter_config(model: nn.Module, adapter_name: str) -> SponConfig:
+    """The configuration of an adapter, in a PeftModel as in a transformers model with `add_adapter`."""
+    return model.peft_config[adapter_name]
+
+
+def outer_modules(model: nn.Module, prefix: str = ""):
+    """Named modules from the outside in, without what lies inside tuner layers and modules_to_save wrappers."""
+    for name, child in model.named_children():
+        full = f"{prefix}{name}"
+        yield full, child
+        if not isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            yield from outer_modules(child, f"{full}.")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear and what stands in for it: Conv1D, other tuners' linear layers, quantised layers that have sizes."""
+    if isinstance(module, BaseTunerLayer):
+        return is_linear(module.get_base_layer())
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    is_leaf = next(module.children(), None) is None
+    return is_leaf and hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def default_targets(config: SponConfig, model: nn.Module) -> set[str]:
+    """Every linear layer inside the lists of repeated blocks (`nn.ModuleList`), which no embedding or head is.
+
+    Returns:
+        `set[str]`: the layers' last names if these select the same layers in the whole model, else full names.
+
+    Raises:
+        `ValueError`: the model has no list of blocks with linear layers.
+    """
+    blocks = [name for name, module in outer_modules(model) if isinstance(module, nn.ModuleList)]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linears = [name for name, module in outer_modules(model) if is_linear(module) and module is not head]
+    inside = [name for name in linears if any(name.startswith(f"{block}.") for block in blocks)]
+    if not inside:
+        raise ValueError(
+            f"{type(model).__name__} has no list of transformer blocks with linear layers, so SPON cannot choose its "
+            f"targets; name them, for example SponConfig(target_modules={linears[:2] or ['fc1']})."
+        )
+    by_suffix = copy.copy(config)
+    by_suffix.target_modules = {name.rpartition(".")[2] for name in inside}
+    # Through PEFT's own matcher, so that layers_to_transform and exclude_modules hold for the default as well.
+    chosen = [name for name, _ in outer_modules(model) if check_target_module_exists(by_suffix, name)]
+    if set(chosen) <= set(inside):
+        return by_suffix.target_modules
+    return {name for name in chosen if name in inside}
+
+
+def matches(wanted: set[str] | str | None, name: str) -> bool:
+    """PEFT's rule for `target_modules`: a regular expression for the whole name, or a set of (ends of) names."""
+    if wanted is None:
+        return True
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return name in wanted or any(name.endswith(f".{end}") for end in wanted)
+
+
+def layer_sparsity(sparsity: float, pattern: dict[str, float], name: str) -> float:
+    """Sparsity of the layer `name`: its entry in the pattern, matched as LoRA's `rank_pattern`, or the common one."""
+    return pattern.get(get_pattern_key(list(pattern), name), sparsity)
+
+
+def check_patterns(config: SponConfig, names: list[str]) -> None:
+    """Raises `ValueError` if `sparsity_pattern` or `anchor_modules` name something that no target matches."""
+    check_matches("sparsity_pattern", config.sparsity_pattern, names)
+    wanted = config.anchor_modules
+    if wanted is None or len(wanted) == 0:
+        return
+    for key in [wanted] if isinstance(wanted, str) else sorted(wanted):
+        if not any(matches(key if isinstance(wanted, str) else {key}, name) for name in names):
+            raise ValueError(
+                f"anchor_modules has {key!r}, which none of the targeted layers matches; they are {preview(names)}."
+            )
+
+
+def check_matches(what: str, pattern: dict[str, float], names: list[str]) -> None:
+    """Raises `ValueError` for a pattern key that matches no layer."""
+    for key in pattern:
+        if not any(get_pattern_key([key], name) == key for name in names):
+            raise ValueError(f"{what} has {key!r}, which no targeted layer matches; they are {preview(names)}.")
+
+
+def preview(names: list[str]) -> str:
+    """The first few names, for error messages."""
+    return ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
+
+
+def find_problem(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> str | None:
+    """What is wrong with a state dict about to be loaded into an adapter: missing, misshaped, not finite. Or None."""
+    for module_name, layer in model.named_modules():
+        if not isinstance(layer, SponLayer) or adapter_name not in layer.spon_settings:
+            continue
+        for part in (*layer.adapter_layer_names, "spon_threshold", "spon_quantiles", "spon_column_scale"):
+            held = getattr(layer, part)
+            if adapter_name not in held:
+                continue
+            where = f"'{part}' of layer '{plain_name(module_name)}'"
+            key = f"{module_name}.{part}.{adapter_name}"
+            if key not in state_dict:
+                remedy = (
+                    "calibrate() the adapter again and save it"
+                    if part in ("spon_threshold", "spon_quantiles")
+                    else "load the adapter onto the model it was trained for"
+                )
+                return (
+                    f"{SAFETENSORS_WEIGHTS_NAME}: The saved adapter has no {where}: the file is incomplete or of "
+                    f"another model; {remedy}."
+                )
+            found, wanted = tuple(state_dict[key].shape), tuple(held[adapter_name].shape)
+            if found != wanted:
+                return (
+                    f"{SAFETENSORS_WEIGHTS_NAME}: The saved adapter's {where} has shape {found}, the model needs "
+                    f"{wanted}; load it onto the model it was trained for."
+                )
+            if not torch.isfinite(state_dict[key]).all():
+                return (
+                    f"{SAFETENSORS_WEIGHTS_NAME}: The saved adapter's {where} holds NaN or infinity; save it again "
+                    "from a healthy model."
+                )
+    return None
+
+
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter out of a model again, and the SPON layers that had only this one: undo of a failed load."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, SponLayer) and adapter_name in layer.spon_settings:
+            if len(layer.spon_settings) > 1:
+                layer.delete_adapter(adapter_name)
+            else:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, layer.base_layer)
+        elif isinstance(layer, AuxiliaryTrainingWrapper) and adapter_name in layer._adapters:
+            layer.delete_adapter(adapter_name, new_active_adapters=None)
+            if not layer._adapters:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, layer.original_module)
+    configs: dict[str, PeftConfig] = model.peft_config
+    configs.pop(adapter_name, None)

@@ -1,0 +1,541 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Training anchors by distillation: the teacher is the same model with SPON off."""
+
+import itertools
+import math
+import os
+import re
+import textwrap
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.utils import logging
+
+
+try:
+    from trl import SFTConfig, SFTTrainer
+except ImportError as error:
+    raise ImportError("SponTrainer needs TRL and datasets: pip install 'peft_spon[train]'") from error
+
+from .calibration import calibrate, removed_rms
+from .config import SponConfig
+from .distillation import SelfDistillation, evaluation_mode
+from .layer import SponLayer, spon_layers
+from .model import adapter_config, resolve_adapter
+
+
+logger = logging.get_logger(__name__)
+
+# Batches on which the KL before and after training is compared.
+COMPARED_BATCHES = 8
+# Training stops when the mean KL of so many steps is twice that before the first step.
+DIVERGENCE_WINDOW = 20
+DIVERGENCE_FACTOR = 2.0
+
+
+@dataclass
+class SponTrainingConfig(SFTConfig):
+    r"""
+    Configuration of [`SponTrainer`]: everything of TRL's [`~trl.SFTConfig`], and the following.
+
+    Parameters:
+        learning_rate (`float`, *optional*, defaults to `0.1`):
+            Peak learning rate of the anchors, relative to the size of what they replace: the root mean square of what
+            S removes from their layer, measured before the first step. Layers and models of any scale learn alike.
+        gain_learning_rate (`float`, *optional*, defaults to `0.025`):
+            Peak learning rate of the gains, which are relative by nature.
+        relative_learning_rate (`bool`, *optional*, defaults to `True`):
+            `False`: `learning_rate` is in the units of the layer's activations, as in the paper.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Divides the logits of teacher and student in the KL divergence.
+        calibration_tokens (`int`, *optional*, defaults to `65536`):
+            Tokens of the training data on which an adapter without thresholds is calibrated before the first step.
+        recalibrations (`int`, *optional*, defaults to `4`):
+            How often, evenly spread over the training, the thresholds are fitted anew to the activations of the
+            sparse model as it is by then, on an eighth of `calibration_tokens`. What a layer sees changes with the
+            anchors before it.
+
+    Defaults that differ from TRL's: `bf16` only where there is an accelerator, `ddp_find_unused_parameters=False`
+    (every anchor is used in every step; set it to `True` for mixture-of-experts models).
+    """
+
+    learning_rate: float = field(
+        default=0.1,
+        metadata={
+            "help": "Peak learning rate of the anchors, relative to the root mean square of what S removes from their "
+            "layer."
+        },
+    )
+    gain_learning_rate: float = field(default=0.025, metadata={"help": "Peak learning rate of the gains."})
+    relative_learning_rate: bool = field(
+        default=True,
+        metadata={"help": "False: `learning_rate` is in the units of the layer's activations, as in the paper."},
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Divides the logits of teacher and student in the KL divergence."}
+    )
+    calibration_tokens: int = field(
+        default=65536,
+        metadata={
+            "help": "Tokens of the training data on which an adapter without thresholds is calibrated before the "
+            "first step."
+        },
+    )
+    recalibrations: int = field(
+        default=4,
+        metadata={
+            "help": "How often, evenly spread over the training, the thresholds are fitted anew to the activations of "
+            "the sparse model."
+        },
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
+            self.bf16 = False  # TRL's default is bf16, which stops with an error where there is no accelerator
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # needed with reentrant checkpointing, and faster
+        if "loss_type" in self.__dataclass_fields__ and self.loss_type not in (None, "nll"):
+            self.loss_type = "nll"  # TRL 1.7 to 1.14 replace the model's forward for their default; we bring our own
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature!r}; use a number above 0, 1.0 for plain KL.")
+        if self.calibration_tokens < 1:
+            raise ValueError(f"calibration_tokens is {self.calibration_tokens!r}; use at least 1, e.g. 65536.")
+        if self.recalibrations < 0:
+            raise ValueError(f"recalibrations is {self.recalibrations!r}; use 0 for none, or a number above, e.g. 4.")
+        if not self.gain_learning_rate >= 0:
+            raise ValueError(f"gain_learning_rate is {self.gain_learning_rate!r}; use a number >= 0, e.g. 0.025.")
+        if self.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel=True replaces the output head, whose input the loss needs; leave it out."
+            )
+
+    @classmethod
+    def published(cls, output_dir: str, **kwargs: Any) -> "SponTrainingConfig":
+        """
+        The published recipe (SPON, arXiv 2512.12744), as two independent replications have it: AdamW without decay at
+        1e-5, 8 blocks of 128 tokens, 10 epochs, no recalibration. For [`SponConfig.published`].
+
+        Args:
+            output_dir (`str`): where checkpoints go.
+            kwargs: any other field, or one to override.
+        """
+        recipe = {
+            "learning_rate": 1e-5,
+            "relative_learning_rate": False,
+            "recalibrations": 0,
+            "max_length": 128,
+            "per_device_train_batch_size": 8,
+            "num_train_epochs": 10,
+        }
+        return cls(output_dir, **{**recipe, **kwargs})
+
+
+class TrainingDiverged(RuntimeError):
+    """The KL became NaN or infinite or doubled; the message says where the last good anchors are."""
+
+
+class SponTrainer(SFTTrainer):
+    """
+    Trainer that fits a SPON adapter's anchors so that the sparse model predicts what the dense one does.
+
+    The loss is the forward KL from the model with SPON off to the model with it on, exact over the vocabulary and
+    averaged over the tokens whose label is not -100 (SPON, arXiv 2512.12744, section 3). Data, packing, evaluation,
+    checkpoints, trackers and the Hub are those of TRL's [`~trl.SFTTrainer`]. An adapter without thresholds is
+    calibrated on the training data first. S is active on every token while training, whatever `prefill` says.
+
+    Logged, in training and with `eval_` in evaluation, as means over tokens: `kl` (nats), `perplexity` and
+    `dense_perplexity` on the labels, `top1_agreement` with the dense model; `num_tokens`. At the end the KL on
+    held-out data (training data, if there is no `eval_dataset`) is compared with that of the anchors before.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`): a model, or its name; with a SPON adapter or without.
+        args ([`SponTrainingConfig`], *optional*): training settings.
+        peft_config ([`SponConfig`], *optional*): adapter to add; default for a model without one: `SponConfig()`.
+        kwargs: all other arguments of [`~trl.SFTTrainer`]: `train_dataset`, `eval_dataset`, `processing_class`, ...
+
+    Raises:
+        `ValueError`: no anchor can be trained.
+        `TrainingDiverged`: from `train()`, when the KL is NaN, infinite, or has doubled.
+
+    Example:
+
+    ```python
+    >>> from peft_spon import SponConfig, SponTrainer, SponTrainingConfig
+
+    >>> trainer = SponTrainer(
+    ...     model="HuggingFaceTB/SmolLM2-135M",
+    ...     args=SponTrainingConfig(output_dir="smollm-spon", max_steps=200),
+    ...     peft_config=SponConfig(sparsity=0.5),
+    ...     train_dataset=dataset,
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "spon"]
+    _name = "SPON"
+    _paper = {
+        "title": "Resting Neurons, Active Insights: Robustifying Activation Sparsity in LLMs via Spontaneity",
+        "id": "2512.12744",
+        "citation": textwrap.dedent(
+            """\
+            @article{xu2025spon,
+                title  = {Resting Neurons, Active Insights: Robustifying Activation Sparsity in LLMs via Spontaneity},
+                author = {Xu, Haotian and Yang, Jiannan and Gao, Tian and Weng, Tsui-Wei and Ma, Tengfei},
+                year   = 2025,
+                eprint = {arXiv:2512.12744}
+            }"""
+        ),
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: SponTrainingConfig | None = None,
+        *,
+        peft_config: SponConfig | None = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = SponTrainingConfig(f"{name.split('/')[-1] or 'model'}-SPON")
+        has_adapter = isinstance(model, nn.Module) and bool(spon_layers(model))
+        if peft_config is None and not has_adapter:
+            peft_config = SponConfig(task_type="CAUSAL_LM")
+        super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
+        self.adapter_name = resolve_adapter(self.model, None)
+        for layer in spon_layers(self.model).values():
+            _keep_fp32(layer)
+        if not self._trained_parameters():
+            raise ValueError(
+                "Nothing to train: no anchor requires a gradient. Load the adapter with is_trainable=True, or give it "
+                "anchors (anchor_modules)."
+            )
+        inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        self._distillation = SelfDistillation(inner, self.args.temperature)
+        self._anchor_scales: dict[str, float] = {}
+        self._sums = torch.zeros(5, dtype=torch.float64)
+        self._watch = _DivergenceWatch()
+        self.add_callback(_TrainingEvents(self))
+
+    # ---- before and after the steps ------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any):
+        self._prepare_adapter()
+        if self.accelerator.num_processes > 1 and self.model_wrapped is self.model:
+            # An evaluate() before train() marks the model as prepared without DDP; ranks would drift apart in silence.
+            self.model._is_accelerate_prepared = False
+        start = self._state()
+        self._watch = _DivergenceWatch()
+        output = super().train(*args, **kwargs)
+        self._compare_with(start, output.metrics)
+        return output
+
+    def _prepare_adapter(self) -> None:
+        """Thresholds where they are missing, and the scale of the learning rates."""
+        config = adapter_config(self.model, self.adapter_name)
+        if self._has_thresholds() and not config.calibrated:
+            is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            if is_sharded and any(p.is_meta or p.numel() == 0 for p in self.model.parameters()):
+                raise ValueError(
+                    "The adapter has no thresholds yet, and this process does not hold the whole model to find them; "
+                    "calibrate(model, data) in one process, save the adapter, and train that."
+                )
+            logger.info(f"calibrating on {self.args.calibration_tokens} tokens of the training data")
+            bar = None if not self.args.disable_tqdm else False
+            calibrate(self.model, max_tokens=self.args.calibration_tokens, progress=bar, **self._calibration_data())
+        if self.args.relative_learning_rate:
+            self._anchor_scales = removed_rms(self.model, **self._calibration_data())
+
+    def _recalibrate(self) -> None:
+        tokens = max(1, self.args.calibration_tokens // 8)
+        calibrate(self.model, refit=True, max_tokens=tokens, progress=False, **self._calibration_data())
+
+    def _has_thresholds(self) -> bool:
+        return adapter_config(self.model, self.adapter_name).make_criterion().uses_threshold
+
+    def _calibration_data(self) -> dict[str, Any]:
+        """The same tokens in the same blocks whatever the batch size and the number of processes."""
+        return {
+            "data": self.train_dataset,
+            "adapter_name": self.adapter_name,
+            "batch_size": self.args.per_device_train_batch_size,
+            "max_length": self.args.max_length or 1024,
+        }
+
+    def _state(self) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+        """Copies of what is trained, and of the thresholds of all layers."""
+        thresholds = [
+            {name: threshold.clone() for name, threshold in layer.spon_threshold.items()}
+            for layer in spon_layers(self.model).values()
+        ]
+        return [p.detach().clone() for p in self._trained_parameters()], thresholds
+
+    def _set_state(self, state: tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]) -> None:
+        parameters, thresholds = state
+        _assign(self._trained_parameters(), parameters)
+        for layer, held in zip(spon_layers(self.model).values(), thresholds, strict=True):
+            layer.spon_threshold.update(held)
+
+    def _compare_with(self, start: tuple, metrics: dict[str, float]) -> None:
+        """Held-out KL with the anchors and thresholds of the start and with those of now, into metrics and log."""
+        if self.is_deepspeed_enabled:
+            return  # ZeRO-3 holds parameters where they cannot be swapped
+        after, trained = self._mean_kl(), self._state()
+        self._set_state(start)
+        before = self._mean_kl()
+        self._set_state(trained)
+        metrics.update({"kl_before": before, "kl_after": after})
+        text = "held-out" if self.eval_dataset is not None else "training"
+        if not after < before:
+            logger.warning(
+                f"TRAINING MADE THE SPARSE MODEL WORSE: its KL to the dense model on {text} data rose from "
+                f"{before:.4f} to {after:.4f}. Lower learning_rate and gain_learning_rate, or train longer."
+            )
+        else:
+            logger.info(f"KL to the dense model on {text} data: {before:.4f} before, {after:.4f} after training")
+
+    @torch.no_grad()
+    def _mean_kl(self) -> float:
+        """Mean KL per token over the first batches of the held-out data, or of the training data without any."""
+        data = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
+        loader = self.get_eval_dataloader(next(iter(data.values())) if isinstance(data, dict) else data)
+        sums = torch.zeros(5, dtype=torch.float64)
+        with evaluation_mode(self.model_wrapped):
+            for batch in itertools.islice(loader, COMPARED_BATCHES):
+                with self.compute_loss_context_manager():
+                    rows, _ = self._distill(self.model_wrapped, self._prepare_inputs(batch))
+                sums += self._gather_rows(rows, batch)
+        return (sums[1] / sums[0].clamp(min=1)).item()
+
+    # ---- optimisation --------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One group per layer's anchor, with its relative learning rate, one for the gains, one for the rest."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            groups = []
+            for name, layer in spon_layers(model).items():
+                for parameter in layer.spon_anchor.values():
+                    scale = self._anchor_scales.get(name, 1.0)
+                    groups.append({"params": [parameter], "lr": self.args.learning_rate * scale})
+            gains = [gain for layer in spon_layers(model).values() for gain in layer.spon_gain.values()]
+            groups.append({"params": gains, "lr": self.args.gain_learning_rate})
+            ours = {parameter for group in groups for parameter in group["params"]}
+            groups.append({"params": [p for p in model.parameters() if p not in ours]})
+            for group in groups:
+                group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+                group["weight_decay"] = self.args.weight_decay
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = cls([group for group in groups if group["params"]], **kwargs)
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ):
+        """Mean forward KL per labelled token, normalised over all accumulated batches."""
+        rows, outputs = self._distill(model, inputs)
+        total = outputs["kl"].numel() if num_items_in_batch is None else num_items_in_batch
+        loss = outputs["kl"].sum() / torch.as_tensor(total).clamp(min=1)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # The count is of all ranks, and DDP averages gradients over ranks.
+            loss = loss * self.accelerator.num_processes
+        if self.model.training:
+            self._last = rows.sum(0)
+            self._sums += self._last.cpu().double()
+            mask = inputs.get("attention_mask")
+            seen = inputs["input_ids"].new_tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
+            self._total_train_tokens += self.accelerator.gather(seen).sum().item()
+        else:
+            self._sums += self._gather_rows(rows, inputs)
+        self._metrics["train" if self.model.training else "eval"]["num_tokens"] = [self._total_train_tokens]
+        return (loss, outputs) if return_outputs else loss
+
+    def _distill(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Tokens, KL, student's and teacher's NLL, agreement per row of the batch, shape (rows, 5); and per token."""
+        labels = inputs["labels"]
+        forward_inputs = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
+        with self._distillation:
+            outputs = model(**forward_inputs, distill_labels=labels)
+        kl = outputs["kl"].detach()
+        columns = [torch.ones_like(kl), kl, outputs["student_nll"], outputs["teacher_nll"], outputs["agree"]]
+        values = torch.stack([column.float() for column in columns], dim=1)
+        row = (labels[:, 1:] != -100).nonzero()[:, 0].to(values.device)
+        return values.new_zeros(labels.shape[0], 5).index_add_(0, row, values), outputs
+
+    def _gather_rows(self, rows: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Sums over the rows of all processes, rows that only fill up the last batch left out."""
+        # Without padding a batch is one row, which accelerate cannot tell from a sample.
+        gather = self.accelerator.gather_for_metrics if "attention_mask" in inputs else self.accelerator.gather
+        return gather(rows.to(self.accelerator.device)).cpu().double().sum(0)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        tokens, kl = self.accelerator.reduce(self._last[:2].to(self.accelerator.device)).tolist()
+        problem = self._watch.look_at(kl / max(tokens, 1), self._trained_parameters())
+        if problem:
+            self._stop(problem)
+        return loss
+
+    def _stop(self, problem: str) -> None:
+        """Put the last good anchors back, save them, raise."""
+        _assign(self._trained_parameters(), self._watch.good)
+        folder = os.path.join(self.args.output_dir, "last-good")
+        self.save_model(folder)
+        raise TrainingDiverged(
+            f"{problem} at step {self.state.global_step + 1}. The best anchors so far are back in the model and saved "
+            f"in '{folder}'. Lower learning_rate (now {self.args.learning_rate:g}) and gain_learning_rate (now "
+            f"{self.args.gain_learning_rate:g}), or check the data and the dtype."
+        )
+
+    def _trained_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    # ---- what is reported ----------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
+        training, self._sums = self._sums, torch.zeros(5, dtype=torch.float64)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        values = _means(self._sums)
+        self._sums = training
+        output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in values.items()})
+        if values:
+            output.metrics[f"{metric_key_prefix}_loss"] = values["kl"]  # Trainer's is a mean of batches' means
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            sums = self.accelerator.reduce(self._sums.float().to(self.accelerator.device)).cpu().double()
+            self._sums = torch.zeros(5, dtype=torch.float64)
+            logs.update(_means(sums))
+        if "learning_rate" in logs and "initial_lr" in self.optimizer.param_groups[0]:
+            # Trainer logs the first layer's rate; the schedule's share of the peak is the same for all.
+            logs["learning_rate"] *= self.args.learning_rate / self.optimizer.param_groups[0]["initial_lr"]
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's card (tags, paper, trackers, versions) with what this adapter is and a snippet that loads it."""
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        config = adapter_config(self.model, self.adapter_name)
+        base = config.base_model_name_or_path or self.model.config._name_or_path or "the base model"
+        about = (
+            f"A SPON adapter for `{base}`: {config.sparsity:.0%} of the inputs of its linear layers are zeroed at "
+            f"every token (criterion `{config.criterion}`), and trained anchors repair the damage.\n"
+        )
+        quick_start = textwrap.dedent(
+            f"""\
+            ## Quick start
+
+            ```python
+            import peft_spon  # registers SPON with PEFT
+            from peft import PeftModel
+            from transformers import AutoModelForCausalLM
+
+            base = AutoModelForCausalLM.from_pretrained("{base}")
+            model = PeftModel.from_pretrained(base, "{self.hub_model_id or self.args.output_dir}")
+            ```
+
+            """
+        )
+        path = Path(self.args.output_dir, "README.md")
+        card = re.sub(r"This model is a fine-tuned version of .*\n", lambda _: about, path.read_text())
+        card = re.sub(r"## Quick start\n.*?(?=## Training procedure)", lambda _: quick_start, card, flags=re.DOTALL)
+        path.write_text(card)
+
+
+def _means(sums: torch.Tensor) -> dict[str, float]:
+    """Metrics from sums of (tokens, KL, student's and teacher's NLL, agreement); none without tokens."""
+    tokens, kl, student_nll, teacher_nll, agree = sums.tolist()
+    if tokens == 0:
+        return {}
+    return {
+        "kl": kl / tokens,
+        "perplexity": _exp(student_nll / tokens),
+        "dense_perplexity": _exp(teacher_nll / tokens),
+        "top1_agreement": agree / tokens,
+    }
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+class _DivergenceWatch:
+    """Notices a KL that is not finite or has doubled, and keeps the anchors of the best stretch of steps."""
+
+    def __init__(self):
+        self.recent: deque[float] = deque(maxlen=DIVERGENCE_WINDOW)
+        self.start = math.inf  # mean KL before the first step
+        self.best = math.inf
+        self.good: list[torch.Tensor] = []
+        self.steps = 0
+
+    def look_at(self, kl: float, parameters: list[nn.Parameter]) -> str | None:
+        """One more step's KL, before the update that follows it; says what is wrong, or None."""
+        if not self.good:
+            self.good = [parameter.detach().clone() for parameter in parameters]
+        if not math.isfinite(kl):
+            return f"The KL is {kl}"
+        self.steps += 1
+        self.recent.append(kl)
+        mean = sum(self.recent) / len(self.recent)
+        if len(self.recent) < DIVERGENCE_WINDOW:
+            return None
+        if mean > DIVERGENCE_FACTOR * self.start:
+            return (
+                f"The KL diverges: {mean:.4g} over the last {len(self.recent)} steps, {self.start:.4g} at the start,"
+            )
+        if self.steps % DIVERGENCE_WINDOW == 0 and mean < self.best:
+            self.best = mean
+            self.good = [parameter.detach().clone() for parameter in parameters]
+        return None
+
+
+class _TrainingEvents(TrainerCallback):
+    """Recalibrates, gives the watch its mark, lets `num_tokens` go on from a checkpoint's last log."""
+
+    def __init__(self, trainer: SponTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        logged = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
+        self.trainer._total_train_tokens = logged[-1] if logged else 0
+        self.trainer._watch.start = self.trainer._mean_kl()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        count = args.recalibrations if self.trainer._has_thresholds() else 0
+        if state.global_step in {state.max_steps * i // (count + 1) for i in range(1, count + 1)} - {0}:
+            self.trainer._recalibrate()
+
+
+def _assign(parameters: list[nn.Parameter], values: list[torch.Tensor]) -> None:
+    """Copy values, whole or sharded as the parameters are, into parameters."""
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
+                value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+            parameter.copy_(value)
+
+
+def _keep_fp32(layer: SponLayer) -> None:
+    # SFTTrainer casts what it trains to bf16 on quantised bases; anchors move in steps that bf16 cannot hold.
+    for held in (layer.spon_anchor, layer.spon_gain):
+        for parameter in held.values():
+            parameter.data = parameter.data.float()

@@ -1,0 +1,31 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from models import MODELS
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=sorted(MODELS))
+def family(request):
+    """Name of each model family in turn."""
+    return request.param
+
+
+@pytest.fixture
+def llama():
+    return MODELS["llama"]()

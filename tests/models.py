@@ -1,0 +1,84 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny randomly initialised models of the families that the contract is checked on, and inputs for them."""
+
+import torch
+import transformers as tf
+
+
+VOCAB = 97
+SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def build(model_cls, config):
+    torch.manual_seed(1)
+    model = model_cls(config).eval()
+    for parameter in model.parameters():  # larger than the usual init, so that every layer matters to the output
+        if parameter.ndim > 1:
+            parameter.data.mul_(4)
+    return model
+
+
+def llama():
+    config = tf.LlamaConfig(**SMALL, **SPECIAL, intermediate_size=64, num_key_value_heads=2)
+    return build(tf.LlamaForCausalLM, config)
+
+
+def qwen3():
+    config = tf.Qwen3Config(**SMALL, **SPECIAL, intermediate_size=64, num_key_value_heads=2, head_dim=8)
+    return build(tf.Qwen3ForCausalLM, config)
+
+
+def gemma():
+    config = tf.GemmaConfig(**SMALL, **SPECIAL, intermediate_size=64, num_key_value_heads=1, head_dim=8)
+    return build(tf.GemmaForCausalLM, config)
+
+
+def gpt2():
+    config = tf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, **SPECIAL)
+    return build(tf.GPT2LMHeadModel, config)
+
+
+def opt():
+    config = tf.OPTConfig(**SMALL, **SPECIAL, ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=32)
+    return build(tf.OPTForCausalLM, config)
+
+
+def bert():
+    config = tf.BertConfig(**SMALL, intermediate_size=64, max_position_embeddings=64, pad_token_id=0)
+    return build(tf.BertForMaskedLM, config)
+
+
+def t5():
+    config = tf.T5Config(
+        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, **SPECIAL
+    )
+    return build(tf.T5ForConditionalGeneration, config)
+
+
+MODELS = {"llama": llama, "qwen3": qwen3, "gemma": gemma, "gpt2": gpt2, "opt": opt, "bert": bert, "t5": t5}
+GENERATE = {"llama", "qwen3", "gemma", "gpt2", "opt", "t5"}
+
+
+def inputs(family, rows=3, tokens=7):
+    """A batch for a family; the same every time."""
+    generator = torch.Generator().manual_seed(2)
+    batch = {"input_ids": torch.randint(3, VOCAB, (rows, tokens), generator=generator)}
+    if family == "t5":
+        batch["labels"] = torch.randint(3, VOCAB, (rows, 5), generator=generator)
+    return batch
+
+
+@torch.no_grad()
+def logits(model, family, **kwargs):
+    return model(**inputs(family), **kwargs).logits
+
+
+def by_formula(model):
+    """The same weights whatever the versions of torch and transformers: for fixtures."""
+    for index, (_, parameter) in enumerate(sorted(model.named_parameters())):
+        if parameter.ndim > 1:
+            values = torch.arange(parameter.numel(), dtype=torch.float64).mul(1.7 + index).sin()
+            parameter.data.copy_(values.reshape(parameter.shape))
+    return model

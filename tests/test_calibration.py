@@ -1,0 +1,295 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from accelerate import cpu_offload
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import MODELS, VOCAB, inputs, logits
+from peft import get_peft_model
+from torch import nn
+
+from peft_spon import CRITERIA, SponConfig, calibrate, evaluate
+from peft_spon.calibration import ScoreHistogram, bin_counts
+from peft_spon.layer import dense_mode, spon_layers, threshold_at
+
+
+THRESHOLD_CRITERIA = sorted(name for name, c in CRITERIA.items() if c.uses_threshold)
+
+
+def batches(count=4, rows=4, tokens=32):
+    generator = torch.Generator().manual_seed(5)
+    return [{"input_ids": torch.randint(3, VOCAB, (rows, tokens), generator=generator)} for _ in range(count)]
+
+
+def scores_seen(model, data, adapter="default"):
+    """Every layer's scores on the dense model, kept in full: what the streaming pass must agree with."""
+    seen = {name: [] for name in spon_layers(model)}
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda m, args, name=name: seen[name].append(m.score(args[0], adapter).flatten())
+        )
+        for name, layer in spon_layers(model).items()
+    ]
+    with torch.no_grad(), dense_mode(model):
+        for batch in data:
+            model.eval()(**batch)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    shape=st.sampled_from(["normal", "lognormal", "uniform", "heavy", "tiny", "huge", "relu"]),
+    sparsity=st.floats(0.01, 0.99),
+    parts=st.integers(1, 5),
+    seed=st.integers(0, 10_000),
+)
+def test_streamed_thresholds_against_exact_quantiles(shape, sparsity, parts, seed):
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(40_000, generator=generator)
+    x = {
+        "normal": normal,
+        "lognormal": (2 * normal).exp(),
+        "uniform": torch.rand(40_000, generator=generator),
+        "heavy": normal / torch.rand(40_000, generator=generator),
+        "tiny": normal * 1e-20,
+        "huge": normal * 1e20,
+        "relu": normal.relu(),
+    }[shape].abs()
+    histogram = ScoreHistogram(x.device)
+    for part in x.chunk(parts):
+        histogram.add(bin_counts(part))
+    assert histogram.total == len(x)
+    threshold = threshold_at(histogram.quantiles(), sparsity)
+    zeros = (x == 0).double().mean().item()
+    realised = (x <= threshold).double().mean().item()
+    assert abs(realised - max(sparsity, zeros)) <= 0.005
+    assert abs(histogram.share_below(threshold.item()) - realised) <= 0.005
+
+
+@pytest.mark.parametrize("criterion", THRESHOLD_CRITERIA)
+@pytest.mark.parametrize("sparsity", [0.25, 0.6, 0.9])
+def test_every_layer_is_within_half_a_point_of_the_wanted_sparsity(family, criterion, sparsity):
+    model = get_peft_model(MODELS[family](), SponConfig(sparsity=sparsity, criterion=criterion))
+    data = [inputs(family, rows=16, tokens=32)]
+    if "labels" in data[0]:
+        data[0]["labels"] = data[0]["input_ids"].flip(1)
+    result = calibrate(model, data)
+    seen = scores_seen(model, data)
+    for layer in result.layers:
+        tau = spon_layers(model)[layer.name].spon_threshold["default"]
+        realised = (seen[layer.name] <= tau).double().mean().item()
+        zeros = (seen[layer.name] == 0).double().mean().item()  # ReLU's, which no threshold can keep apart
+        assert abs(realised - max(sparsity, zeros)) <= 0.005, layer
+        assert abs(layer.realised - realised) <= 0.005
+        assert layer.threshold == tau.item()
+    assert len(result.layers) == len(spon_layers(model))
+
+
+def test_result_prints_a_line_per_layer(llama):
+    model = get_peft_model(llama, SponConfig(sparsity=0.6))
+    lines = str(calibrate(model, batches())).splitlines()
+    assert len(lines) == 15
+    assert "512 tokens" in lines[0]
+    assert lines[1].startswith("model.layers.0.self_attn.q_proj")
+    assert "60.0%" in lines[1]
+
+
+def test_set_sparsity_needs_no_data_and_equals_a_fresh_calibration(llama):
+    model = get_peft_model(llama, SponConfig(sparsity=0.3))
+    calibrate(model, batches())
+    model.set_sparsity(0.7, {"down_proj": 0.5})
+    fresh = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.7, sparsity_pattern={"down_proj": 0.5}))
+    calibrate(fresh, batches())
+    for name, layer in spon_layers(model).items():
+        assert torch.equal(layer.spon_threshold["default"], spon_layers(fresh)[name].spon_threshold["default"])
+    assert torch.equal(logits(model, "llama"), logits(fresh, "llama"))
+    assert model.peft_config["default"].sparsity_pattern == {"down_proj": 0.5}
+    with pytest.raises(ValueError, match="sparsity is 1"):
+        model.set_sparsity(1)
+    with pytest.raises(ValueError, match="'dwn_proj', which no targeted layer matches"):
+        model.set_sparsity(0.5, {"dwn_proj": 0.5})
+    with pytest.raises(ValueError, match=r"no SPON adapter 'x'; the model has \['default'\]"):
+        model.set_sparsity(0.5, adapter_name="x")
+    assert torch.equal(logits(model, "llama"), logits(fresh, "llama"))
+
+
+def test_padding_does_not_count(family):
+    """A padded batch calibrates to the thresholds of the same tokens without padding."""
+    if family == "t5":
+        pytest.skip("T5's relative positions make padded and unpadded activations differ")
+    padded = inputs(family, rows=4, tokens=12)
+    mask = torch.ones_like(padded["input_ids"])
+    mask[2:, 8:] = 0
+    padded["attention_mask"] = mask
+    rows = [padded["input_ids"][:2], padded["input_ids"][2:, :8]]
+    config = SponConfig(sparsity=0.5, criterion="magnitude")
+    a, b = (get_peft_model(MODELS[family](), config) for _ in range(2))
+    calibrate(a, [padded])
+    calibrate(b, rows)
+    for x, y in zip(spon_layers(a).values(), spon_layers(b).values(), strict=True):
+        torch.testing.assert_close(x.spon_threshold["default"], y.spon_threshold["default"], rtol=5e-3, atol=1e-6)
+
+
+def test_layers_that_share_an_input_share_the_work(llama, monkeypatch):
+    model = get_peft_model(llama, SponConfig(criterion="magnitude"))
+    calls = []
+    monkeypatch.setattr("peft_spon.calibration.bin_counts", lambda s: calls.append(1) or bin_counts(s))
+    calibrate(model, batches(count=1))
+    assert len(calls) == 2 * 4, "per block: q k v share, o, gate up share, down"
+
+
+def test_second_pass_fits_what_the_sparse_model_sees():
+    data = batches(count=8)
+    realised = {}
+    for on_sparse in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.7, criterion="magnitude", anchor_modules=[]))
+        calibrate(model, data, on_sparse=on_sparse)
+        shares = evaluate(model, data).layer_sparsity.values()
+        realised[on_sparse] = max(abs(share - 0.7) for share in shares)
+    assert realised[True] < realised[False]
+    assert realised[True] < 0.03
+
+
+def test_calibration_leaves_mode_and_dense_function_alone(llama):
+    dense = logits(llama, "llama")
+    model = get_peft_model(llama, SponConfig()).train()
+    calibrate(model, batches())
+    assert model.training
+    assert not any(layer._forward_pre_hooks for layer in spon_layers(model).values())
+    with model.eval().disable_adapter():
+        assert torch.equal(logits(model, "llama"), dense)
+
+
+@pytest.mark.parametrize("criterion", ["topk", "wina"])
+def test_top_k_criteria_need_no_thresholds_but_report(llama, criterion):
+    model = get_peft_model(llama, SponConfig(sparsity=0.6, criterion=criterion))
+    result = calibrate(model, batches())
+    assert not model.peft_config["default"].calibrated
+    assert all(layer.threshold is None and abs(layer.realised - 0.6) < 0.02 for layer in result.layers)
+
+
+def test_offloaded_layers(llama):
+    """accelerate's offloading leaves weights on "meta" and brings them in for each call."""
+    plain = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.6))
+    calibrate(plain, batches())
+    model = get_peft_model(cpu_offload(llama, execution_device="cpu"), SponConfig(sparsity=0.6))
+    assert model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").base_layer.weight.is_meta
+    calibrate(model, batches())
+    for a, b in zip(spon_layers(model).values(), spon_layers(plain).values(), strict=True):
+        torch.testing.assert_close(a.spon_threshold["default"], b.spon_threshold["default"], rtol=1e-4, atol=1e-6)
+
+
+def snapshot(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("already", [False, True])
+def test_nan_activations_name_the_layer_and_change_nothing(llama, already):
+    model = get_peft_model(llama, SponConfig())
+    if already:
+        calibrate(model, batches())
+    model.get_submodule("base_model.model.model.layers.1.mlp.up_proj").base_layer.weight.data[0, 0] = float("nan")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"layer 'model.layers.1.mlp.down_proj' are NaN or infinite"):
+        calibrate(model, batches())
+    after = snapshot(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) or before[k].isnan().any() for k in before)
+    assert model.peft_config["default"].calibrated is already
+    assert not any(layer._forward_pre_hooks for layer in spon_layers(model).values())
+
+
+def test_failing_second_pass_restores_the_first(llama):
+    model = get_peft_model(llama, SponConfig())
+    data = batches()
+    before = snapshot(model)
+
+    class BreaksOnSecondRead(list):
+        reads = 0
+
+        def __iter__(self):
+            self.reads += 1
+            return iter(data) if self.reads <= 2 else iter([{"input_ids": torch.full((1, 4), 10**6)}])
+
+    with pytest.raises(IndexError):
+        calibrate(model, BreaksOnSecondRead(data), on_sparse=True)
+    assert snapshot(model).keys() == before.keys()
+    assert not model.peft_config["default"].calibrated
+    logits(model, "llama")
+
+
+class NoTokens:
+    eos_token_id = None
+
+    def __call__(self, text, **kwargs):
+        return {"input_ids": []}
+
+
+@pytest.mark.parametrize("data", [[], iter([]), [""], [torch.zeros(0, 4, dtype=torch.long)]])
+def test_empty_data(llama, data):
+    model = get_peft_model(llama, SponConfig())
+    with pytest.raises(ValueError, match="The data (is empty|holds no tokens)"):
+        calibrate(model, data, NoTokens())
+
+
+def test_model_without_spon(llama):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no SPON adapter; add one: get_peft_model"):
+        calibrate(llama, batches())
+
+
+def test_iterator_cannot_be_read_twice(llama):
+    model = get_peft_model(llama, SponConfig())
+    with pytest.raises(ValueError, match="reads the data twice, but it is an iterator"):
+        calibrate(model, iter(batches()), on_sparse=True)
+
+
+def test_layer_no_token_reaches():
+    class TwoPaths(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(10, 8)
+            self.used, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, input_ids):
+            return self.used(self.embed(input_ids))
+
+    model = get_peft_model(TwoPaths(), SponConfig(target_modules=["used", "unused"]))
+    with pytest.raises(ValueError, match="No token of the data reached layer 'unused'.*exclude_modules"):
+        calibrate(model, [torch.arange(8).view(2, 4)])
+
+
+def _calibrate_in_process(rank, port, queue):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.6))
+    calibrate(model, batches()[rank::2], progress=False)
+    taus = [layer.spon_threshold["default"].item() for layer in spon_layers(model).values()]
+    queue.put((rank, torch.distributed.get_world_size(), taus))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_with_half_the_data_each_equal_one_with_all():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=_calibrate_in_process, args=(rank, port, queue)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    results = sorted(queue.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join()
+    assert [r[:2] for r in results] == [(0, 2), (1, 2)]
+    model = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.6))
+    calibrate(model, batches())
+    alone = [layer.spon_threshold["default"].item() for layer in spon_layers(model).values()]
+    assert results[0][2] == results[1][2] == alone

@@ -1,0 +1,127 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+
+import pytest
+import torch
+from models import MODELS, VOCAB, inputs
+from peft import get_peft_model
+from torch.nn import functional as F
+
+from peft_spon import SponConfig, calibrate, dense_mode, evaluate, without_anchors
+from peft_spon.layer import spon_layers
+
+
+def data(rows=4, tokens=16, count=3):
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(3, VOCAB, (rows, tokens), generator=generator) for _ in range(count)]
+
+
+@torch.no_grad()
+def naive(model, batches, context):
+    """Perplexity and KL of everything at once, by the definitions."""
+    nll, kl, same = [], [], []
+    for ids in batches:
+        with dense_mode(model):
+            dense = model(input_ids=ids).logits[:, :-1].double()
+        with context:
+            logits = model(input_ids=ids).logits[:, :-1].double()
+        p, q = F.log_softmax(dense, -1), F.log_softmax(logits, -1)
+        nll.append(-q.gather(-1, ids[:, 1:, None]).flatten())
+        kl.append((p.exp() * (p - q)).sum(-1).flatten())
+        same.append((p.argmax(-1) == q.argmax(-1)).flatten())
+    nll, kl, same = torch.cat(nll), torch.cat(kl), torch.cat(same)
+    ppl = nll.mean().exp()
+    return (
+        ppl.item(),
+        (ppl * nll.std(correction=0) / len(nll) ** 0.5).item(),
+        kl.mean().item(),
+        same.double().mean().item(),
+    )
+
+
+def test_scores_are_the_definitions(llama):
+    model = get_peft_model(llama, SponConfig(sparsity=0.6, init_weights=False)).eval()
+    calibrate(model, data())
+    result = evaluate(model, data())
+    contexts = {"dense": dense_mode(model), "sparse": without_anchors(model), "anchored": torch.no_grad()}
+    for name, context in contexts.items():
+        scores = getattr(result, name)
+        ppl, error, kl, same = naive(model, [torch.cat(data())], context)
+        assert scores.perplexity == pytest.approx(ppl, rel=1e-4), name
+        assert scores.standard_error == pytest.approx(error, rel=1e-4)
+        assert scores.kl == pytest.approx(kl, rel=1e-3, abs=1e-6)
+        assert scores.top1_agreement == pytest.approx(same, abs=1e-9)
+    assert result.tokens == 3 * 4 * 15
+    assert result.dense.sparsity == 0
+    assert result.dense.kl == pytest.approx(0, abs=1e-6)
+    assert result.dense.top1_agreement == 1
+
+
+def test_realised_sparsity_is_counted_and_weighted_by_weights(llama):
+    pattern = {"down_proj": 0.25}
+    model = get_peft_model(llama, SponConfig(sparsity=0.5, sparsity_pattern=pattern, criterion="topk"))
+    result = evaluate(model, data())
+    total = weights = 0
+    for name, layer in spon_layers(model).items():
+        share = 0.25 if name.endswith("down_proj") else 0.5
+        assert result.layer_sparsity[name] == pytest.approx(share)
+        total += share * layer.base_layer.weight.numel()
+        weights += layer.base_layer.weight.numel()
+    assert result.sparse.sparsity == pytest.approx(total / weights)
+
+
+def test_table_and_damage_removed(llama):
+    model = get_peft_model(llama, SponConfig(sparsity=0.6))
+    result = evaluate(model, data())
+    assert result.anchored == result.sparse, "zero anchors change nothing"
+    table = str(result)
+    assert [line.split("  ")[0].strip() for line in table.splitlines()[1:4]] == ["dense", "sparse", "sparse + anchors"]
+    assert "180 predicted tokens; 14 sparse layers, S on every token" in table
+    assert len(result.layer_table().splitlines()) == 14
+    assert result.damage_removed == 0 or math.isnan(result.damage_removed)
+
+
+def test_adapter_without_anchors_has_no_third_row(llama):
+    model = get_peft_model(llama, SponConfig(sparsity=0.6, anchor_modules=[]))
+    result = evaluate(model, data())
+    assert result.anchored is None
+    assert math.isnan(result.damage_removed)
+    assert "sparse + anchors" not in str(result)
+    assert result.sparse.sparsity > 0.5
+    model.add_adapter("other", SponConfig())
+    with pytest.raises(ValueError, match=r"'other' is not active; call model.set_adapter\('other'\)"):
+        evaluate(model, data(), adapter_name="other")
+
+
+def test_every_token_overrides_prefill(llama):
+    model = get_peft_model(llama, SponConfig(sparsity=0.6, prefill="dense", criterion="topk"))
+    assert evaluate(model, data()).sparse.sparsity == pytest.approx(0.6, abs=0.02)
+    as_served = evaluate(model, data(), every_token=False)
+    assert as_served.sparse.sparsity == 0
+    assert as_served.sparse.perplexity == pytest.approx(as_served.dense.perplexity, rel=1e-6)
+    assert "prefill='dense'" in str(as_served)
+
+
+def test_padding_and_labels_are_respected(llama):
+    model = get_peft_model(llama, SponConfig())
+    ids = data(rows=2, count=1)[0]
+    mask = torch.ones_like(ids)
+    mask[1, 10:] = 0
+    assert evaluate(model, [{"input_ids": ids, "attention_mask": mask}]).tokens == 15 + 9
+    labels = ids.clone()
+    labels[:, :8] = -100
+    assert evaluate(model, [{"input_ids": ids, "labels": labels}]).tokens == 2 * 8
+
+
+def test_encoder_decoder_and_models_without_a_head():
+    model = get_peft_model(MODELS["t5"](), SponConfig())
+    assert evaluate(model, [inputs("t5")]).tokens == 15
+    with pytest.raises(ValueError, match="batches with labels"):
+        evaluate(model, data())
+    for base, kind in ((MODELS["llama"]().model, "LlamaModel"), (MODELS["bert"](), "BertForMaskedLM")):
+        with pytest.raises(ValueError, match=f"{kind} predicts no next token"):
+            evaluate(get_peft_model(base, SponConfig()), data())
+    with pytest.raises(ValueError, match="no token to predict"):
+        evaluate(get_peft_model(MODELS["llama"](), SponConfig()), [torch.ones(3, 1, dtype=torch.long)])

@@ -1,0 +1,307 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's own contract, on every model family: what a LoRA user does must work the same with SPON."""
+
+import copy
+import json
+import os
+
+import pytest
+import torch
+from models import GENERATE, MODELS, VOCAB, inputs, logits
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from peft_spon import CRITERIA, SponConfig, SponLayer, calibrate
+from peft_spon.layer import spon_layers
+
+
+def random_config(**kwargs):
+    """Anchors that are not zero, so that losing one shows."""
+    return SponConfig(**{"init_weights": False, "gain": True, "sparsity": 0.4, **kwargs})
+
+
+def calibrated(family, **kwargs):
+    model = get_peft_model(MODELS[family](), random_config(**kwargs)).eval()
+    calibrate(model, [inputs(family, rows=4, tokens=16)])
+    return model
+
+
+def test_default_targets_are_the_linear_layers_of_the_blocks(family):
+    base = MODELS[family]()
+    linears = {n for n, m in base.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+    outside = {n for n in linears if not any(part.isdigit() for part in n.split("."))}
+    model = get_peft_model(base, SponConfig())
+    assert set(spon_layers(model)) == linears - outside
+    assert any("lm_head" in n or "decoder" in n for n in outside) or family == "t5"
+
+
+def test_only_anchors_and_gains_are_trainable(family, capsys):
+    model = get_peft_model(MODELS[family](), SponConfig())
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert all("spon_anchor" in n or "spon_gain" in n for n in trainable)
+    wanted = sum(layer.in_features + layer.out_features for layer in spon_layers(model).values())
+    model.print_trainable_parameters()
+    assert f"trainable params: {wanted:,} ||" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_save_and_load_give_equal_logits(family, tmp_path, low_cpu_mem_usage):
+    model = calibrated(family)
+    model.save_pretrained(tmp_path)
+    assert not [f for f in os.listdir(tmp_path) if f.endswith((".bin", ".pt", ".pkl"))]
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    loaded = PeftModel.from_pretrained(MODELS[family](), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    assert torch.equal(logits(loaded, family), logits(model, family))
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("criterion", sorted(CRITERIA))
+@pytest.mark.parametrize("space", ["input", "output"])
+def test_every_criterion_survives_saving(criterion, space, tmp_path):
+    model = calibrated("llama", criterion=criterion, anchor_space=space, sparsity_pattern={"down_proj": 0.7})
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(MODELS["llama"](), tmp_path).eval()
+    assert torch.equal(logits(loaded, "llama"), logits(model, "llama"))
+
+
+def test_transformers_own_adapter_methods(family, tmp_path):
+    model = calibrated(family)
+    model.save_pretrained(tmp_path)
+    plain = MODELS[family]()
+    dense = logits(plain, family)
+    plain.load_adapter(str(tmp_path), adapter_name="spon-a")
+    assert torch.equal(logits(plain, family), logits(model, family))
+    plain.disable_adapters()
+    assert torch.equal(logits(plain, family), dense)
+    plain.enable_adapters()
+    plain.add_adapter(random_config(sparsity=0.1), adapter_name="second")
+    plain.set_adapter("second")
+    assert not torch.equal(logits(plain, family), logits(model, family))
+    plain.delete_adapter("second")
+    plain.set_adapter("spon-a")
+    assert torch.equal(logits(plain, family), logits(model, family))
+
+
+def test_calibrate_through_transformers_add_adapter(llama, tmp_path):
+    llama.add_adapter(random_config())
+    calibrate(llama, [inputs("llama", rows=4, tokens=16)])
+    llama.save_pretrained(tmp_path)
+    loaded = MODELS["llama"]()
+    loaded.load_adapter(str(tmp_path))
+    assert torch.equal(logits(loaded, "llama"), logits(llama, "llama"))
+
+
+def test_auto_class(tmp_path, llama):
+    llama.save_pretrained(tmp_path / "base")
+    base = type(llama).from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, random_config(task_type="CAUSAL_LM")).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(logits(loaded, "llama"), logits(model, "llama"))
+
+
+def test_disable_is_the_dense_model_bit_for_bit(family):
+    dense = logits(MODELS[family](), family)
+    model = calibrated(family)
+    assert not torch.equal(logits(model, family), dense)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, family), dense)
+    assert not torch.equal(logits(model, family), dense)
+
+
+def test_unload_gives_the_base_back(family):
+    dense = logits(MODELS[family](), family)
+    base = calibrated(family).unload()
+    assert torch.equal(logits(base, family), dense)
+    assert not any(isinstance(m, BaseTunerLayer) for m in base.modules())
+
+
+def test_several_adapters_switch_and_delete(family):
+    model = calibrated(family)
+    first = logits(model, family)
+    model.add_adapter("other", random_config(sparsity=0.2, criterion="topk", anchor_space="input"))
+    assert torch.equal(logits(model, family), first), "adding an adapter must not activate it"
+    model.set_adapter("other")
+    second = logits(model, family)
+    assert not torch.equal(first, second)
+    for layer in spon_layers(model).values():
+        assert not layer.spon_anchor["default"].requires_grad
+        assert layer.spon_anchor["other"].requires_grad
+    model.set_adapter("default")
+    assert torch.equal(logits(model, family), first)
+    model.delete_adapter("other")
+    assert torch.equal(logits(model, family), first)
+    assert not any(".other" in key for key in model.state_dict())
+    assert all(set(layer.spon_settings) == {"default"} for layer in spon_layers(model).values())
+
+
+def test_state_dict_keys_are_canonical(llama):
+    model = calibrated("llama")
+    keys = get_peft_model_state_dict(model).keys()
+    parts = {key.rpartition(".")[2] for key in keys}
+    assert parts == {"spon_anchor", "spon_gain", "spon_threshold", "spon_quantiles", "spon_column_scale"}
+    names = {key.removeprefix("base_model.model.").rpartition(".")[0] for key in keys}
+    assert names == set(spon_layers(model))
+
+
+def test_one_batch_with_several_adapters(family):
+    model = calibrated(family)
+    model.add_adapter("other", random_config(sparsity=0.2, criterion="topk", anchor_space="input"))
+    alone = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = logits(model, family)
+    with model.disable_adapter():
+        alone["__base__"] = logits(model, family)
+    names = ["other", "__base__", "default"]
+    if family == "opt":  # flattens batch and tokens before its MLP, where rows can no longer be told apart
+        with pytest.raises(ValueError, match="has 3 entries but this layer's input has 21 rows"):
+            logits(model, family, adapter_names=names)
+        return
+    mixed = logits(model, family, adapter_names=names)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], alone[name][row], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"\['wrong'\] but the adapters are \['default', 'other'\]"):
+        logits(model, family, adapter_names=["wrong"] * 3)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_adapter_names_with_beam_search(family):
+    model = calibrated(family)
+    model.add_adapter("other", random_config(sparsity=0.2, criterion="topk"))
+    ids = inputs(family)["input_ids"]
+    options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    mixed = model.generate(input_ids=ids, adapter_names=["other", "default", "__base__"], **options)
+    model.set_adapter("other")
+    alone = model.generate(input_ids=ids[:1], **{**options, "attention_mask": torch.ones_like(ids[:1])})
+    width = min(mixed.shape[1], alone.shape[1])
+    assert torch.equal(mixed[0, :width], alone[0, :width])
+
+
+@pytest.mark.parametrize("family", sorted(GENERATE))
+@pytest.mark.parametrize("prefill", ["sparse", "dense", 0.5])
+def test_generate(family, prefill):
+    model = calibrated(family, prefill=prefill)
+    ids = inputs(family)["input_ids"]
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    assert out.shape[0] == ids.shape[0]
+    assert out.max() < VOCAB
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(family, reentrant):
+    def gradients(checkpointing):
+        torch.manual_seed(3)
+        model = get_peft_model(MODELS[family](), random_config()).train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model(**inputs(family)).logits.square().mean().backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    for (name, plain), saved in zip(gradients(False).items(), gradients(True).values(), strict=True):
+        assert plain is not None, name
+        torch.testing.assert_close(plain, saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(family, dtype, tmp_path):
+    model = get_peft_model(MODELS[family]().to(dtype), random_config()).eval()
+    calibrate(model, [inputs(family, rows=4, tokens=16)])
+    for layer in spon_layers(model).values():
+        assert layer.spon_anchor["default"].dtype == torch.float32
+        assert layer.spon_threshold["default"].dtype == torch.float32
+    y = logits(model, family)
+    assert y.dtype == dtype
+    model.save_pretrained(tmp_path)
+    for low_cpu_mem_usage in (False, True):
+        base = MODELS[family]().to(dtype)
+        loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+        assert torch.equal(logits(loaded, family), y)
+        for a, b in zip(spon_layers(loaded).values(), spon_layers(model).values(), strict=True):
+            assert torch.equal(a.spon_threshold["default"], b.spon_threshold["default"])
+            assert torch.equal(a.spon_anchor["default"], b.spon_anchor["default"])
+
+
+def test_autocast(family):
+    model = calibrated(family)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.isfinite(logits(model, family)).all()
+
+
+def test_modules_to_save(tmp_path):
+    base = MODELS["llama"]()
+    model = get_peft_model(base, random_config(modules_to_save=["lm_head"])).eval()
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert any("lm_head" in n for n in trainable)
+    model.base_model.model.lm_head.modules_to_save["default"].weight.data.add_(0.1)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(MODELS["llama"](), tmp_path).eval()
+    assert torch.equal(logits(loaded, "llama"), logits(model, "llama"))
+
+
+def test_anchor_modules_limit_the_anchors_not_the_sparsity(llama):
+    model = get_peft_model(llama, random_config(anchor_modules=["down_proj"]))
+    for name, layer in spon_layers(model).items():
+        assert ("default" in layer.spon_anchor) == name.endswith("down_proj")
+        assert layer.spon_settings["default"].sparsity == 0.4
+    model.delete_adapter("default")
+    assert all(not layer.spon_settings for layer in spon_layers(model).values())
+
+
+def test_layers_to_transform_and_exclude_hold_for_default_targets(family):
+    model = get_peft_model(MODELS[family](), SponConfig(layers_to_transform=[1]))
+    names = set(spon_layers(model))
+    assert names
+    assert all(".1." in name for name in names)
+    one = sorted(names)[0].rpartition(".")[2]
+    model = get_peft_model(MODELS[family](), SponConfig(layers_to_transform=[1], exclude_modules=[one]))
+    assert set(spon_layers(model)) == {name for name in names if not name.endswith(f".{one}")}
+
+
+def test_config_can_be_used_for_two_models_of_a_kind(llama):
+    config = SponConfig()
+    first = get_peft_model(llama, config)
+    second = get_peft_model(MODELS["llama"](), config)
+    assert set(spon_layers(first)) == set(spon_layers(second))
+
+
+def test_all_linear_and_regular_expression_targets(llama):
+    everything = get_peft_model(copy.deepcopy(llama), SponConfig(target_modules="all-linear"))
+    assert set(spon_layers(everything)) == set(spon_layers(get_peft_model(copy.deepcopy(llama), SponConfig())))
+    some = get_peft_model(llama, SponConfig(target_modules=r".*\.1\.mlp\.down_proj"))
+    assert set(spon_layers(some)) == {"model.layers.1.mlp.down_proj"}
+
+
+def test_saved_config_states_everything_that_changes_numbers(tmp_path):
+    model = calibrated("llama", sparsity_pattern={"q_proj": 0.9}, prefill=0.5)
+    model.set_sparsity(0.3)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["sparsity"] == 0.3
+    assert saved["sparsity_pattern"] == {}
+    assert saved["calibrated"] is True
+    assert saved["prefill"] == 0.5
+    assert saved["peft_spon_version"]
+    loaded = PeftModel.from_pretrained(MODELS["llama"](), tmp_path).eval()
+    assert torch.equal(logits(loaded, "llama"), logits(model, "llama"))
+
+
+def test_compiled_model(llama):
+    model = calibrated("llama")
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(logits(compiled, "llama"), logits(model, "llama"))
+
+
+def test_repr_and_status_name_the_layers(llama):
+    model = get_peft_model(llama, SponConfig())
+    assert "spon.SponLinear" in repr(model)
+    status = model.get_model_status()
+    assert status.adapter_model_type == "SponModel"
+    assert status.num_adapter_layers == len(spon_layers(model))
+    assert all(isinstance(layer, SponLayer) for layer in spon_layers(model).values())

@@ -1,0 +1,90 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The rules of the house: layers import downwards, importing the package stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import peft_spon
+
+
+ROOT = Path(peft_spon.__file__).parent
+LEVELS = {
+    "_version": 0,
+    "criteria": 0,
+    "losses": 0,
+    "data": 0,
+    "cards": 0.5,
+    "checksums": 0,
+    "sparse_linear": 0.5,
+    "config": 1,
+    "layer": 2,
+    "merged": 2.2,
+    "model": 2.5,
+    "calibration": 3,
+    "distillation": 3,
+    "register": 3,
+    "evaluation": 4,
+    "trainer": 4,
+    "__init__": 6,
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def room(path):
+    parts = path.relative_to(ROOT).parts
+    return parts[0].removesuffix(".py")
+
+
+def test_files_import_only_lower_levels():
+    for path in ROOT.rglob("*.py"):
+        depth = len(path.relative_to(ROOT).parts)
+        for name in imports(path):
+            dots = len(name) - len(name.lstrip("."))
+            if dots == 0 or dots < depth:
+                assert not name.startswith("peft_spon"), f"{path} imports the package by its absolute name"
+                continue
+            target = name.lstrip(".").split(".")[0]
+            if target:
+                assert LEVELS[target] < LEVELS[room(path)], f"{path} imports {target}, which is not below it"
+
+
+def test_the_lowest_level_knows_neither_peft_nor_transformers():
+    for path in ROOT.rglob("*.py"):
+        if LEVELS[room(path)] == 0:
+            outside = {name.split(".")[0] for name in imports(path) if not name.startswith(".")}
+            assert not outside & {"peft", "transformers", "trl", "datasets"}, path
+
+
+def test_import_is_light():
+    code = (
+        "import sys, peft_spon; "
+        "heavy = {'trl', 'triton', 'matplotlib', 'pandas'} & {m.split('.')[0] for m in sys.modules}; "
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_missing_trl_names_the_pip_line():
+    code = (
+        "import sys; sys.modules['trl'] = None; import peft_spon\n"
+        "try:\n    peft_spon.SponTrainer\n"
+        "except ImportError as error:\n    assert \"pip install 'peft_spon[train]'\" in str(error), error\n"
+        "else:\n    sys.exit('no error')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names_exist():
+    for name in peft_spon.__all__:
+        assert getattr(peft_spon, name) is not None
+    assert (ROOT / "py.typed").exists()

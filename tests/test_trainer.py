@@ -1,0 +1,383 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from models import MODELS, VOCAB, logits
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, dense_mode
+from peft_spon.calibration import removed_rms
+from peft_spon.layer import spon_layers
+from peft_spon.losses import forward_kl
+from peft_spon.trainer import TrainingDiverged
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
+    core = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def texts(count=48, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(6, 20, (count,), generator=generator).tolist()
+    rows = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+    return Dataset.from_dict({"text": [" ".join(f"w{i}" for i in row) for row in rows]})
+
+
+def make(tmp_path, tokenizer, model=None, peft_config=None, data=None, **kwargs):
+    args = SponTrainingConfig(
+        output_dir=str(tmp_path),
+        **{
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "max_length": 16,
+            "learning_rate": 0.02,
+            "report_to": [],
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            **kwargs,
+        },
+    )
+    return SponTrainer(
+        model or MODELS["llama"](),
+        args,
+        peft_config=peft_config,
+        train_dataset=data or texts(),
+        eval_dataset=texts(8, seed=1),
+        processing_class=tokenizer,
+    )
+
+
+def test_training_moves_every_anchor_and_no_weight(tmp_path, tokenizer):
+    base = MODELS["llama"]()
+    weights = {n: p.clone() for n, p in base.named_parameters()}
+    trainer = make(tmp_path, tokenizer, base, SponConfig(sparsity=0.6))
+    trainer.train()
+    model = trainer.model
+    assert all(layer.spon_anchor["default"].abs().sum() > 0 for layer in spon_layers(model).values())
+    plain = model.unload()
+    assert all(torch.equal(weights[n], p) for n, p in plain.named_parameters())
+
+
+def test_it_calibrates_by_itself_on_the_training_data(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, max_steps=1)
+    assert not trainer.model.peft_config["default"].calibrated
+    trainer.train()
+    assert trainer.model.peft_config["default"].calibrated
+    assert all(layer.spon_threshold["default"].isfinite() for layer in spon_layers(trainer.model).values())
+
+
+def test_loss_and_metrics_are_the_token_mean_of_the_kl(tmp_path, tokenizer):
+    model = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.5, init_weights=False))
+    trainer = make(tmp_path, tokenizer, model)
+    batch = next(iter(trainer.get_eval_dataloader()))
+    model.eval()
+    loss = trainer.compute_loss(model, dict(batch))
+    ids = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        student = model(**ids).logits
+        with dense_mode(model):
+            teacher = model(**ids).logits
+    counted = batch["labels"][:, 1:] != -100
+    assert 0 < counted.sum() < counted.numel(), "the batch must be ragged"
+    wanted = forward_kl(student[:, :-1][counted], teacher[:, :-1][counted]).mean()
+    torch.testing.assert_close(loss, wanted)
+    trainer.evaluate()
+    logged = trainer.state.log_history[-1]
+    assert logged["eval_kl"] == pytest.approx(logged["eval_loss"], rel=0.2)
+    assert 0 <= logged["eval_top1_agreement"] <= 1
+
+
+def test_gradient_accumulation_is_normalised_by_tokens(tmp_path, tokenizer):
+    anchors = []
+    for batch, steps in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        trainer = make(
+            tmp_path,
+            tokenizer,
+            peft_config=SponConfig(criterion="topk"),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+            max_steps=2,
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0.0,
+        )
+        trainer.train()
+        anchors.append(
+            [layer.spon_anchor["default"].detach().clone() for layer in spon_layers(trainer.model).values()]
+        )
+    for a, b in zip(*anchors, strict=True):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_checkpointing_packing_and_prompts(tmp_path, tokenizer):
+    make(tmp_path, tokenizer, gradient_checkpointing=True).train()
+    make(tmp_path, tokenizer, packing=True, packing_strategy="wrapped").train()
+    rows = Dataset.from_list([{"prompt": "w3 w4 w5", "completion": " w6 w7"}] * 8)
+    trainer = make(tmp_path, tokenizer, data=rows)
+    trainer.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert (batch["labels"] != -100).sum(1).tolist() == [3] * 4, "completion and end of text"
+
+
+def test_saved_adapter_loads_with_peft(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, save_strategy="steps", save_steps=4)
+    trainer.train()
+    trainer.model.eval()
+    loaded = PeftModel.from_pretrained(MODELS["llama"](), tmp_path / "checkpoint-4").eval()
+    assert torch.equal(logits(loaded, "llama"), logits(trainer.model, "llama"))
+    card = (tmp_path / "checkpoint-4" / "README.md").read_text()
+    assert "library_name: peft" in card
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "spon" in card
+    assert "2512.12744" in card
+    assert "50% of the inputs" in card
+    assert "huggingface.co/None" not in card
+    snippet = card.split("```python\n")[1].split("```")[0]
+    assert "pipeline" not in snippet
+    base_dir = tmp_path / "base"
+    MODELS["llama"]().save_pretrained(base_dir)
+    name = re.search(r'from_pretrained\("(.*?)"\)', snippet)[1]
+    scope = {}
+    exec(snippet.replace(f'"{name}"', f'"{base_dir}"').replace(f'"{tmp_path}"', f'"{tmp_path}/checkpoint-4"'), scope)
+    assert torch.equal(logits(scope["model"].eval(), "llama"), logits(trainer.model, "llama"))
+
+
+def test_resume_gives_the_anchors_of_an_uninterrupted_run(tmp_path, tokenizer):
+    straight = make(tmp_path / "a", tokenizer, max_steps=6, save_strategy="steps", save_steps=3)
+    straight.train()
+    resumed = make(tmp_path / "a", tokenizer, max_steps=6)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    for x, y in zip(spon_layers(straight.model).values(), spon_layers(resumed.model).values(), strict=True):
+        assert torch.equal(x.spon_anchor["default"], y.spon_anchor["default"])
+        assert torch.equal(x.spon_threshold["default"], y.spon_threshold["default"])
+
+
+def test_prefill_dense_trains_as_if_decoding(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, peft_config=SponConfig(prefill="dense"))
+    trainer.train()
+    assert all(layer.spon_anchor["default"].abs().sum() > 0 for layer in spon_layers(trainer.model).values())
+
+
+def test_defaults_work_without_an_accelerator(tmp_path, tokenizer):
+    args = SponTrainingConfig(str(tmp_path), use_cpu=True)
+    assert args.bf16 is False
+    assert SponTrainingConfig(str(tmp_path), use_cpu=True, bf16=True).bf16 is True, "asked for: kept"
+
+
+def test_learning_rates_are_relative_to_what_s_removes(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, learning_rate=0.3, gain_learning_rate=0.07, logging_steps=1)
+    trainer.train()
+    scales = removed_rms(trainer.model, trainer.train_dataset, batch_size=4, max_length=16)
+    groups = {id(p): group for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, layer in spon_layers(trainer.model).items():
+        rate = groups[id(layer.spon_anchor["default"])]["initial_lr"]
+        assert rate == pytest.approx(0.3 * trainer._anchor_scales[name])
+        assert trainer._anchor_scales[name] == pytest.approx(scales[name], rel=0.5), "trained since, but not far"
+        assert groups[id(layer.spon_gain["default"])]["initial_lr"] == 0.07
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([0.3, 0.225, 0.15, 0.075])
+
+
+def test_what_s_removes_is_measured_by_the_definition():
+    model = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.5))
+    name, layer = next(iter(spon_layers(model).items()))
+    ids = torch.randint(3, VOCAB, (2, 8))
+    seen = []
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    found = removed_rms(model, [{"input_ids": ids}])
+    handle.remove()
+    removed = layer.base_layer(seen[0] - layer.sparsify(seen[0], "default"))
+    assert found[name] == pytest.approx(removed.square().mean().sqrt().item(), rel=1e-5)
+    assert set(found) == set(spon_layers(model))
+    big = MODELS["llama"]()
+    big.model.layers[0].self_attn.q_proj.weight.data *= 8
+    assert removed_rms(get_peft_model(big, SponConfig()), [{"input_ids": ids}])[name] == pytest.approx(
+        8 * found[name], rel=1e-4
+    )
+
+
+def test_thresholds_are_refitted_to_the_sparse_model_during_training(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, max_steps=5, recalibrations=4)
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append([layer.spon_threshold["default"].item() for layer in spon_layers(trainer.model).values()])
+
+    trainer.add_callback(Look())
+    trainer.train()
+    assert len({tuple(row) for row in seen}) == 5 - 1, "after steps 1 to 4, the last step's being those of step 4"
+    fixed = make(tmp_path, tokenizer, max_steps=5, recalibrations=0)
+    fixed.add_callback(Look())
+    seen.clear()
+    trainer = fixed
+    trainer.train()
+    assert len({tuple(row) for row in seen}) == 1
+
+
+def test_nan_stops_training_and_the_last_good_anchors_are_saved(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, max_steps=30)
+
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 7:
+                next(iter(spon_layers(trainer.model).values())).spon_anchor["default"].data.fill_(math.nan)
+
+    trainer.add_callback(Poison())
+    with pytest.raises(TrainingDiverged, match=r"The KL is nan at step 8.*last-good.*learning_rate"):
+        trainer.train()
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    loaded = PeftModel.from_pretrained(MODELS["llama"](), tmp_path / "last-good").eval()
+    assert logits(loaded, "llama").isfinite().all()
+    assert torch.equal(logits(loaded, "llama"), logits(trainer.model.eval(), "llama"))
+
+
+def test_divergence_stops_training_with_the_best_anchors(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, max_steps=200, learning_rate=50.0, gain_learning_rate=5.0)
+    with pytest.raises(TrainingDiverged, match=r"The KL diverges.*Lower learning_rate \(now 50\)"):
+        trainer.train()
+    assert trainer.state.global_step < 60
+    assert trainer._mean_kl() < 2 * trainer._watch.start
+
+
+def test_held_out_kl_before_and_after(tmp_path, tokenizer, caplog):
+    worse = make(tmp_path, tokenizer, max_steps=15, learning_rate=10.0).train().metrics
+    assert worse["kl_after"] > worse["kl_before"]
+    assert any(
+        "TRAINING MADE THE SPARSE MODEL WORSE" in r.message and r.levelname == "WARNING" for r in caplog.records
+    )
+    caplog.clear()
+    trainer = make(tmp_path, tokenizer, max_steps=8, per_device_train_batch_size=48)
+    trainer.eval_dataset = None
+    better = trainer.train().metrics
+    assert better["kl_after"] < better["kl_before"]
+    assert not [r for r in caplog.records if "WORSE" in r.message]
+    again = trainer.train().metrics
+    assert again["kl_before"] == pytest.approx(better["kl_after"], rel=1e-4), "before is where this training began"
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_killed_run_resumes_to_the_same_anchors(tmp_path, tokenizer, step):
+    """The process is killed, without warning, in the middle of a step after the checkpoint of step 2 or 4."""
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "optim": "adamw_torch"}
+    options |= {"learning_rate": 0.2, "gain_learning_rate": 0.05, "recalibrations": 2}
+    worker = [sys.executable, str(Path(__file__).parent / "distributed_worker.py")]
+    settings = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "SPON_TEST_KILL_AT": str(step)}
+    killed = subprocess.run([*worker, str(tmp_path / "a"), json.dumps(options)], env=settings, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    checkpoint = tmp_path / "a" / f"checkpoint-{step // 2 * 2}"
+    weights = {path.name for path in checkpoint.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth")}
+    state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"}
+    assert weights == {"adapter_model.safetensors"} | state
+    assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 1_000_000
+    settings.pop("SPON_TEST_KILL_AT")
+    anchors = []
+    for folder, resume in (("b", {"resume": str(checkpoint)}), ("c", {})):
+        command = [*worker, str(tmp_path / folder), json.dumps({**options, **resume})]
+        subprocess.run(command, env=settings, capture_output=True, check=True)
+        anchors.append(load_file(tmp_path / folder / "adapter_model.safetensors"))
+    assert all(torch.equal(anchors[0][key], anchors[1][key]) for key in anchors[1])
+
+
+def test_packing_and_padding_do_not_change_the_loss(tmp_path, tokenizer):
+    def kl(**kwargs):
+        model = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.5, init_weights=False))
+        torch.manual_seed(5)
+        trainer = make(tmp_path, tokenizer, model, per_device_eval_batch_size=4, **{"max_length": 64, **kwargs})
+        with torch.no_grad():
+            for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+                generator = torch.Generator().manual_seed(number)
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        metrics = trainer.evaluate()
+        return metrics["eval_kl"], metrics["eval_perplexity"]
+
+    padded = kl()
+    assert kl(padding_free=True, max_length=None) == pytest.approx(padded, rel=1e-5)
+    assert kl(packing=True) == pytest.approx(padded, rel=1e-5)
+
+
+def test_chat_and_streaming_data(tmp_path, tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<s> ' if m['role'] == 'user' else '' }}"
+        "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + ' </s>' }}{% endgeneration %}"
+        "{% else %}{{ m['content'] + ' ' }}{% endif %}{% endfor %}"
+    )
+    talk = [{"role": "user", "content": "w3 w4 w5"}, {"role": "assistant", "content": "w6 w7"}]
+    chat = Dataset.from_list([{"messages": talk}] * 16)
+    trainer = make(tmp_path, tokenizer, data=chat, assistant_only_loss=True)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert (batch["labels"] != -100).sum(1).tolist() == [3] * 4, "the assistant's words and the end"
+    trainer.train()
+    stream = texts().to_iterable_dataset()
+    make(tmp_path, tokenizer, data=stream).train()
+
+
+def test_compiled_and_bf16_training(tmp_path, tokenizer):
+    plain = make(tmp_path, tokenizer, max_steps=2)
+    plain.train()
+    compiled = make(tmp_path, tokenizer, max_steps=2, torch_compile=True, torch_compile_backend="eager")
+    compiled.train()
+    for a, b in zip(plain._trained_parameters(), compiled._trained_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    half = make(tmp_path, tokenizer, MODELS["llama"]().bfloat16(), max_steps=2, bf16=True)
+    half.train()
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in half._trained_parameters())
+
+
+def test_the_published_recipe():
+    config, training = SponConfig.published(sparsity=0.6), SponTrainingConfig.published("out", use_cpu=True)
+    assert (config.criterion, config.anchor_space, config.gain) == ("magnitude", "input", False)
+    model = get_peft_model(MODELS["llama"](), config)
+    names = [name for name, layer in spon_layers(model).items() if "default" in layer.spon_anchor]
+    assert len(spon_layers(model)) == 14
+    assert names == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
+    assert (training.learning_rate, training.max_length, training.num_train_epochs) == (1e-5, 128, 10)
+    assert not training.relative_learning_rate
+    assert SponTrainingConfig.published("out", use_cpu=True, max_steps=3).max_steps == 3
+
+
+def test_nothing_to_train(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"Nothing to train.*is_trainable=True"):
+        make(tmp_path, tokenizer, peft_config=SponConfig(anchor_modules=[]))
+    with pytest.raises(ValueError, match="temperature is 0"):
+        SponTrainingConfig(str(tmp_path), temperature=0, use_cpu=True)
+
+
+def test_teacher_has_no_dropout(tmp_path, tokenizer):
+    """With S the identity and zero anchors the loss is zero up to the student's own dropout, which is none in eval."""
+    model = MODELS["llama"]()
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model = get_peft_model(model, SponConfig(sparsity=0.0))
+    trainer = make(tmp_path, tokenizer, model)
+    batch = next(iter(trainer.get_train_dataloader()))
+    model.eval()
+    assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(0, abs=1e-6)
+    model.train()
+    trainer.compute_loss(model, dict(batch))
+    assert model.training
