@@ -454,56 +454,58 @@ def has_plain_weight(layer: nn.Module) -> bool:
 def through_weight(layer: nn.Module, vector: torch.Tensor) -> torch.Tensor:
     """W vector in fp32, shape (out,), for a vector of shape (in,).
 
-    Plain and quantised weights are read (bitsandbytes would quantise the vector too); other layers are probed as
-    functions, layer(vector) - layer(0), in the dtype they compute in.
+    Weights are read where that is possible (bitsandbytes' 8 bit would quantise the vector too); other layers are
+    probed as functions, in the dtype they compute in.
     """
-    if isinstance(layer, nn.Linear) and not layer.weight.is_meta:
-        return nn.functional.linear(vector, dequantized(layer).float())
-    if isinstance(layer, Conv1D) and not layer.weight.is_meta:
-        return vector @ layer.weight.float()
-    dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), torch.float32)
-    was_training = layer.training
-    layer.eval()
-    rows = layer(torch.stack([vector, torch.zeros_like(vector)]).to(dtype)).float()
-    layer.train(was_training)
-    return rows[0] - rows[1]
-
-
-def dequantized(layer: nn.Linear) -> torch.Tensor:
-    """W, shape (out, in), of a linear layer whose weight may be quantised by bitsandbytes or torchao."""
-    kind = type(layer.weight).__name__
-    if kind == "Int8Params":  # PEFT's function loses the scales of a layer on the CPU
-        scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
-        return layer.weight.data.float() * (scales.to(layer.weight.device).view(-1, 1) / 127)
-    if kind == "Params4bit":
-        layer.state_dict()  # undoes the packing for the CPU, which the next function does not know
-    return dequantize_module_weight(layer)
+    weight = read_weight(layer)
+    return (probe(layer, vector[None]).float()[0]) if weight is None else weight.float() @ vector
 
 
 @torch.no_grad()
 def column_norms(layer: nn.Module, criterion: Criterion, chunk: int = 512) -> torch.Tensor:
     """fp32 norms, shape (in,), of the columns of the layer's weight, by the criterion's order.
 
-    Plain and quantised weights are read; anything else (offloaded, LoRA inside) is probed as a function,
-    layer(e_i) - layer(0).
+    Weights are read where that is possible; anything else (offloaded, LoRA inside) is probed with unit vectors.
     """
-    if isinstance(layer, Conv1D) and has_plain_weight(layer) and not layer.weight.is_meta:
-        return criterion.norm_of_columns(layer.weight.T)
-    if isinstance(layer, nn.Linear) and not layer.weight.is_meta:
-        return criterion.norm_of_columns(dequantized(layer))
+    weight = read_weight(layer)
+    if weight is not None:
+        return criterion.norm_of_columns(weight)
     width, _ = linear_sizes(layer)
     reference = next(layer.parameters())
     if reference.is_meta and not hasattr(layer, "_hf_hook"):
         return torch.full((width,), math.nan)  # no weights yet; loading or a broadcast from rank 0 fills this
-    dtype = reference.dtype if reference.is_floating_point() else torch.get_default_dtype()
     device = torch.device("cpu") if reference.is_meta else reference.device
-    was_training = layer.training
-    layer.eval()
-    at_zero = layer(torch.zeros(1, width, dtype=dtype, device=device))
     norms = []
     for first in range(0, width, chunk):
-        rows = torch.zeros(min(chunk, width - first), width, dtype=dtype, device=device)
+        rows = torch.zeros(min(chunk, width - first), width, device=device)
         rows[:, first:].fill_diagonal_(1)
-        norms.append(criterion.norm_of_columns((layer(rows) - at_zero).T))
-    layer.train(was_training)
+        norms.append(criterion.norm_of_columns(probe(layer, rows).T))
     return torch.cat(norms)
+
+
+def read_weight(layer: nn.Module) -> torch.Tensor | None:
+    """W, shape (out, in), of a plain or quantised (bitsandbytes, torchao) layer; None where it cannot be read."""
+    if not isinstance(layer, (nn.Linear, Conv1D)) or layer.weight.is_meta:
+        return None
+    kind = type(layer.weight).__name__
+    if kind == "Int8Params":  # PEFT's function loses the scales of a layer on the CPU
+        scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
+        return layer.weight.data.float() * (scales.to(layer.weight.device).view(-1, 1) / 127)
+    if kind == "Params4bit" and getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+        # Packed for the CPU by its first forward; bitsandbytes 0.50 mixes up the scales when it undoes that.
+        return None
+    if isinstance(layer, Conv1D):
+        return layer.weight.T
+    return dequantize_module_weight(layer)
+
+
+@torch.no_grad()
+def probe(layer: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """W rows, shape (n, out), of any layer that maps x to W x + b, in the dtype that it computes in."""
+    dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    was_training = layer.training
+    layer.eval()
+    rows = torch.cat([torch.zeros_like(rows[:1]), rows]).to(dtype)
+    y = layer(rows)
+    layer.train(was_training)
+    return y[1:] - y[0]
