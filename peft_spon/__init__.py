@@ -13,6 +13,7 @@ from .config import SponConfig
 from .criteria import CRITERIA, Criterion
 from .evaluation import EvaluationResult, evaluate
 from .layer import SponLayer, SponLinear, dense_mode, every_token_sparse, without_anchors
+from .lora import add_lora, load_with_lora, save_lora, set_trainable, without_lora
 from .model import SponModel, set_sparsity
 from .register import register
 
@@ -34,12 +35,17 @@ __all__ = [
     "SponTrainer",
     "SponTrainingConfig",
     "__version__",
+    "add_lora",
     "calibrate",
     "dense_mode",
     "evaluate",
     "every_token_sparse",
+    "load_with_lora",
+    "save_lora",
     "set_sparsity",
+    "set_trainable",
     "without_anchors",
+    "without_lora",
 ]
 
 

@@ -4,30 +4,54 @@
 
 import os
 import textwrap
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from torch import nn
 
 from ._version import __version__
 
 
 PAPER = "[Resting Neurons, Active Insights](https://arxiv.org/abs/2512.12744)"
+MARK = "<!-- peft_spon writes this card anew at every save; remove this line to keep your own. -->"
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
 
 
-def adapter_card(folder: str | os.PathLike, config: Any) -> None:
+def adapter_card(
+    folder: str | os.PathLike,
+    config: Any,
+    auto_mapping: dict[str, str] | None = None,
+    name: str | None = None,
+    subfolder: str | None = None,
+) -> None:
     """Put what the adapter is and a snippet that loads it in the place of PEFT's empty template.
 
     Args:
-        folder (`str`): where the adapter was saved; a card that somebody has written stays as it is.
+        folder (`str`): where the card is written; one that somebody has written stays as it is.
         config (`SponConfig`): the adapter's configuration.
+        auto_mapping (`dict[str, str]`, *optional*): PEFT's record of the base's class, if there is no task type.
+        name (`str`, *optional*): by which users will load the adapter; default: the folder's own.
+        subfolder (`str`, *optional*): in which the adapter is.
     """
-    path = Path(folder, "README.md")
-    card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData())
-    if "[More Information Needed]" not in card.text:
+    if (card := replaceable_card(folder)) is None:
         return
     base = config.base_model_name_or_path or "name-of-the-base-model"
-    auto_class = "AutoModelForCausalLM" if config.task_type in (None, "CAUSAL_LM") else "AutoModel"
+    base_class = AUTO_CLASSES.get(config.task_type, "AutoModelForCausalLM")
+    if config.task_type is None and (auto_mapping or {}).get("parent_library", "").startswith("transformers."):
+        base_class = auto_mapping["base_model_class"]
+    where = f'"{name or Path(folder).resolve().name}"' + (f', subfolder="{subfolder}"' if subfolder else "")
     text = f"""\
         # SPON adapter for {base}
 
@@ -39,24 +63,61 @@ def adapter_card(folder: str | os.PathLike, config: Any) -> None:
         # pip install peft_spon
         import peft_spon  # registers SPON with PEFT
         from peft import PeftModel
-        from transformers import {auto_class}
+        from transformers import {base_class}
 
-        base = {auto_class}.from_pretrained("{base}")
-        model = PeftModel.from_pretrained(base, "{Path(folder).resolve().name}")  # this folder, or its name on the Hub
-        model.set_sparsity({config.sparsity})  # the dial: another sparsity needs no data
+        base = {base_class}.from_pretrained("{base}")
+        model = PeftModel.from_pretrained(base, {where})  # this folder, or its name on the Hub
+        # model.set_sparsity(0.6)  # the dial: another sparsity needs no data
         ```
         """
-    _save(card, path, text, "peft", config.base_model_name_or_path)
+    if config.task_type == "CAUSAL_LM":
+        card.data.pipeline_tag = "text-generation"
+    _save(card, folder, text, "peft", config.base_model_name_or_path)
+
+
+def lora_card(folder: str | os.PathLike, config: Any, spon: Any, name: str | None = None) -> None:
+    """Write the card of a LoRA that lies beneath SPON, saved alone; a card that somebody has written stays.
+
+    Args:
+        folder (`str`): where it was saved.
+        config (`LoraConfig`): its configuration.
+        spon (`SponConfig`): of the SPON adapter above it.
+        name (`str`, *optional*): by which users will load it; default: the folder's own.
+    """
+    if (card := replaceable_card(folder)) is None:
+        return
+    base = config.base_model_name_or_path or "name-of-the-base-model"
+    base_class = AUTO_CLASSES.get(config.task_type, "AutoModelForCausalLM")
+    name = name or Path(folder).resolve().name
+    text = f"""\
+        # LoRA for {base}
+
+        A LoRA of rank {config.r} that was used beneath a SPON adapter (inputs {spon.sparsity:.0%} sparse, see
+        {PAPER}). It is a plain LoRA and loads without peft_spon:
+
+        ```python
+        from peft import PeftModel
+        from transformers import {base_class}
+
+        base = {base_class}.from_pretrained("{base}")
+        model = PeftModel.from_pretrained(base, "{name}")  # this folder, or its name on the Hub
+        ```
+
+        Together with its SPON adapter: `peft_spon.load_with_lora(base, "the SPON adapter", "{name}")`.
+        """
+    _save(card, folder, text, "peft", config.base_model_name_or_path)
 
 
 def merged_card(folder: str | os.PathLike, config: Any, name: str) -> None:
     """Write the card of a merged model.
 
     Args:
-        folder (`str`): where it is written.
+        folder (`str`): where it is written; a card that somebody has written stays as it is.
         config (`PretrainedConfig`): of the merged model, with its `quantization_config`.
-        name (`str`): of the folder in which users will find it.
+        name (`str`): by which users will load it: of its folder, or on the Hub.
     """
+    if (card := replaceable_card(folder)) is None:
+        return
     layers = config.quantization_config.layers.values()
     sparsity = sum(entry["sparsity"] for entry in layers) / max(len(layers), 1)
     architecture = (config.architectures or ["AutoModel"])[0]
@@ -75,17 +136,47 @@ def merged_card(folder: str | os.PathLike, config: Any, name: str) -> None:
         model = {architecture}.from_pretrained("{name}")  # this folder, or its name on the Hub
         ```
         """
-    card = ModelCard.from_template(ModelCardData())
-    _save(card, Path(folder, "README.md"), text, "transformers", config._name_or_path)
+    _save(card, folder, text, "transformers", config._name_or_path)
 
 
-def _save(card: ModelCard, path: Path, text: str, library: str, base: str | None) -> None:
+def keep_card_on_hub(model: nn.Module, write: Callable[[str, str], None]) -> None:
+    """Let `model.push_to_hub` upload our card: transformers puts its empty template over the one that was saved.
+
+    Args:
+        model (`torch.nn.Module`): a transformers or PEFT model.
+        write (`Callable`): writes the card, given the folder and the name on the Hub.
+    """
+    # On the instance: models without SPON are not touched.
+    model._upload_modified_files = partial(_upload_with_card, model, write)
+
+
+def _upload_with_card(
+    model: nn.Module, write: Callable[[str, str], None], working_dir: str, repo_id: str, *args: Any, **kwargs: Any
+) -> Any:
+    write(working_dir, repo_id)
+    return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
+
+
+def replaceable_card(folder: str | os.PathLike) -> ModelCard | None:
+    """The card in a folder, a new one if there is none, or None if somebody has written it."""
+    path = Path(folder, "README.md")
+    card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData())
+    return card if "[More Information Needed]" in card.text or MARK in card.text else None
+
+
+def _save(card: ModelCard, folder: str | os.PathLike, text: str, library: str, base: str | None) -> None:
     card.data.library_name = library
     tags = {tag for tag in card.data.tags or [] if not tag.endswith(":")}
     card.data.tags = sorted({*tags, "spon", "activation-sparsity"})
-    if base and not os.path.exists(base):
-        card.data.base_model = base
-    elif card.data.base_model and os.path.exists(str(card.data.base_model)):
-        card.data.base_model = None  # a folder of this machine means nothing elsewhere, and the Hub refuses it
-    card.text = textwrap.dedent(text)
-    card.save(path)
+    # A folder of this machine means nothing elsewhere, and the Hub refuses it.
+    card.data.base_model = base if base and not os.path.exists(base) and _is_repo_id(base) else None
+    card.text = f"{textwrap.dedent(text)}\n{MARK}\n"
+    card.save(Path(folder, "README.md"))
+
+
+def _is_repo_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True

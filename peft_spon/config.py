@@ -4,13 +4,14 @@
 
 import os
 import re
+import shutil
 import tempfile
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import file_exists
+from huggingface_hub import file_exists, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from packaging.version import InvalidVersion, Version
 from peft import PeftConfig
@@ -24,9 +25,13 @@ from .criteria import CRITERIA, Criterion
 
 
 class SponPeftType(str, Enum):
-    """The peft type of SPON adapters. Private to this package: PEFT's own enum is closed and stays untouched."""
+    """Peft types of this package. PEFT's own enum is closed and stays untouched.
+
+    `LORA` never leaves the process: a LoRA beneath SPON, see [`lora`].
+    """
 
     SPON = "SPON"
+    LORA = "SPON_LORA"
 
 
 ANCHOR_SPACES = ("input", "output")
@@ -223,11 +228,13 @@ class SponConfig(PeftConfig):
             checksums["tensors"] = self._tensors_checksum
         self.checksums = checksums
         os.makedirs(save_directory, exist_ok=True)
+        for left_over in Path(save_directory).glob(".spon-saving-*"):
+            shutil.rmtree(left_over)
         with tempfile.TemporaryDirectory(prefix=".spon-saving-", dir=save_directory) as aside:
             super().save_pretrained(aside, **kwargs)
             os.replace(os.path.join(aside, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
         self.checksums = None
-        adapter_card(save_directory, self)
+        adapter_card(save_directory, self, kwargs.get("auto_mapping_dict"))
 
     def _check_fields(self) -> None:
         """Compare with the checksum in the file; the one of the tensors waits for the tensors."""
@@ -253,15 +260,24 @@ class SponConfig(PeftConfig):
         Raises:
             `ValueError`: naming the file and the cause.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except ValueError as error:
+            if isinstance(error.__cause__, OSError):  # PEFT says what it did not find, the Hub's client why
+                raise ValueError(f"{error}: {error.__cause__}") from error.__cause__
+            raise
         prefix = f"{subfolder}/" if subfolder else ""
         is_local = Path(pretrained_model_name_or_path).is_dir()
 
         def exists(name: str) -> bool:
             if is_local:
                 return Path(pretrained_model_name_or_path, prefix + name).is_file()
-            where = {key: kwargs[key] for key in ("revision", "token") if key in kwargs}
-            return not HF_HUB_OFFLINE and file_exists(pretrained_model_name_or_path, prefix + name, **where)
+            is_offline = HF_HUB_OFFLINE or kwargs.get("local_files_only")
+            known = ("revision", "cache_dir") if is_offline else ("revision", "token")
+            where = {key: kwargs[key] for key in known if key in kwargs}
+            if is_offline:
+                return isinstance(try_to_load_from_cache(pretrained_model_name_or_path, prefix + name, **where), str)
+            return file_exists(pretrained_model_name_or_path, prefix + name, **where)
 
         if exists(WEIGHTS_NAME) and not exists(SAFETENSORS_WEIGHTS_NAME):
             raise ValueError(
@@ -284,6 +300,20 @@ class SponConfig(PeftConfig):
             `ValueError`: unknown criterion, or a dial that it does not have.
         """
         return make_criterion(self.criterion, self.criterion_kwargs)
+
+
+def adapter_card_for_hub(folder: str, name: str) -> None:
+    """Write the card of the adapter in a folder, or else in its first subfolder that has one.
+
+    Args:
+        folder (`str`): where the adapter was saved.
+        name (`str`): by which users will load it.
+    """
+    paths = [path for pattern in ("", "*/") for path in sorted(Path(folder).glob(f"{pattern}{CONFIG_NAME}"))]
+    subfolder = "/".join(paths[0].parent.relative_to(folder).parts) or None if paths else None
+    config = PeftConfig.from_pretrained(folder, subfolder=subfolder) if paths else None
+    if isinstance(config, SponConfig):
+        adapter_card(folder, config, config.auto_mapping, name, subfolder)
 
 
 def make_criterion(name: str, dials: dict[str, Any]) -> Criterion:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.dropout import _DropoutNd
 from transformers.utils import logging
 
 from .layer import dense_mode
@@ -184,3 +185,24 @@ def evaluation_mode(model: nn.Module):
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def without_dropout(model: nn.Module):
+    """`with without_dropout(model):` all dropout probabilities are 0, in layers and in attributes of other modules.
+
+    For training: unlike `evaluation_mode` it leaves gradient checkpointing on, whose recomputation must draw nothing.
+    """
+    found = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, float) and ("dropout" in name or (name == "p" and isinstance(module, _DropoutNd)))
+    ]
+    for module, name, _ in found:
+        setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, value in found:
+            setattr(module, name, value)

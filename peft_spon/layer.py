@@ -47,12 +47,38 @@ class Fp32BufferDict(BufferDict):
         return self
 
 
+class Place:
+    """Where a SPON layer is in its model: the attribute `name` of `parent`.
+
+    To notice a LoRA layer that was put around it. Copies of a whole model have theirs; a layer copied or pickled alone
+    has none.
+    """
+
+    def __init__(self, parent: nn.Module | None = None, name: str = ""):
+        self.parent, self.name = parent, name
+
+    def taken_by(self, layer: nn.Module) -> nn.Module | None:
+        """The tuner layer that is there instead of the SPON layer, or None."""
+        there = layer if self.parent is None else self.parent._modules.get(self.name, layer)
+        return there if there is not layer and isinstance(there, BaseTunerLayer) else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Place":
+        return Place(memo.get(id(self.parent)), self.name)
+
+    def __reduce__(self):
+        return Place, ()
+
+
 @dataclass(frozen=True)
 class Merged:
-    """What several merged adapters come to: y = W (scale * S(x)) + b + shift, S of the first of them."""
+    """What several merged adapters come to: y = W (scale * S(x) + inner) + b + shift, S of the first of them.
+
+    `inner`, the input-side anchors, is only kept apart from the shift where W may still change: with LoRA beneath.
+    """
 
     first: str
     scale: torch.Tensor | None
+    inner: torch.Tensor | None
     shift: torch.Tensor | None
     original_bias: torch.Tensor | None = None
     in_bias: bool = False
@@ -84,6 +110,8 @@ class SponLayer(BaseTunerLayer):
         self._disable_adapters = False
         self._anchors_enabled = True
         self._every_token = False
+        self.trainable_choice: str | None = None  # see lora.set_trainable
+        self.place = Place()
         self.merged_adapters = []
         self.in_features, self.out_features = linear_sizes(base_layer)
 
@@ -113,6 +141,10 @@ class SponLayer(BaseTunerLayer):
             self.spon_column_scale[adapter_name] = column_norms(self.base_layer, criterion)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's: choose the active adapters and make them trainable, unless these are frozen for a LoRA."""
+        super().set_adapter(adapter_names, inference_mode or self.trainable_choice == "lora")
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Device only: PEFT's version also casts to the base layer's dtype, and thresholds and anchors are fp32.
@@ -200,6 +232,8 @@ class SponLayer(BaseTunerLayer):
         Args:
             adapter_names (`list[str]`): adapters of this layer, in the order in which they act.
             safe_merge (`bool`, *optional*, defaults to `False`): raise `ValueError` if something is NaN or infinite.
+
+        With LoRA beneath, input-side anchors stay in front of W + B A, so that a merged layer follows its LoRA.
         """
         scale = inner = shift = None
         for name in adapter_names:
@@ -213,15 +247,17 @@ class SponLayer(BaseTunerLayer):
                     inner = anchor if inner is None else inner + anchor
                 else:
                     shift = anchor if shift is None else shift + anchor
-        if inner is not None:
+        if inner is not None and not isinstance(self.base_layer, BaseTunerLayer):
             through = through_weight(self.base_layer, inner)
             shift = through if shift is None else shift + through
-        if safe_merge and not all(torch.isfinite(value).all() for value in (scale, shift) if value is not None):
+            inner = None
+        found = [value for value in (scale, inner, shift) if value is not None]
+        if safe_merge and not all(torch.isfinite(value).all() for value in found):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken: "
                 f"not finite in a layer of {self.in_features} to {self.out_features} features. Nothing was merged."
             )
-        return Merged(adapter_names[0], scale, shift)
+        return Merged(adapter_names[0], scale, inner, shift)
 
 
 class SponLinear(nn.Module, SponLayer):
@@ -238,6 +274,13 @@ class SponLinear(nn.Module, SponLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
+        if not torch.compiler.is_compiling() and (outer := self.place.taken_by(self)) is not None:
+            raise ValueError(
+                f"A {type(outer).__name__} layer was put around the SPON layer '{self.place.name}', where it sees the "
+                "inputs before S and cannot be merged. Load the base model again and put LoRA beneath SPON: "
+                "peft_spon.add_lora(model, LoraConfig(...)) on a SPON model, get_peft_model(model, SponConfig(...)) "
+                "over a LoRA model, peft_spon.load_with_lora(base, spon_folder, lora_folder) for saved ones."
+            )
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -279,6 +322,8 @@ class SponLinear(nn.Module, SponLayer):
         sparse = self.sparsify(x, merged.first)
         if merged.scale is not None:
             sparse = sparse * merged.scale.to(sparse.dtype)
+        if merged.inner is not None:
+            sparse = sparse + merged.inner.to(sparse.dtype)
         y = self.base_layer(dense_before(first, x, sparse), *args, **kwargs)
         return y if merged.shift is None or merged.in_bias else add_from(first, y, merged.shift)
 
@@ -341,14 +386,16 @@ class SponLinear(nn.Module, SponLayer):
         """
         names = self.names_to_merge(adapter_names)
         self.unmerge()
-        if not merge:
+        if isinstance(self.base_layer, BaseTunerLayer):
+            # LoRA beneath: into W first, so that the anchor passes the new W.
+            if merge:
+                self.base_layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            else:
+                self.base_layer.unmerge()
+            self.base_layer = self.get_base_layer()
+        if not merge or not names:
             return self.base_layer
         base = self.base_layer
-        if isinstance(base, BaseTunerLayer):  # LoRA inside: into W first, so that the anchor passes the new W
-            base.merge(safe_merge=safe_merge)
-            self.base_layer = base = base.get_base_layer()
-        if not names:
-            return base
         merged = self.merged_effect(names, safe_merge)
         settings = self.spon_settings[names[0]]
         state = {
@@ -497,6 +544,34 @@ def read_weight(layer: nn.Module) -> torch.Tensor | None:
     if isinstance(layer, Conv1D):
         return layer.weight.T
     return dequantize_module_weight(layer)
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """`with differentiable(model):` bitsandbytes keeps its 4-bit weights in the form that has a backward.
+
+    On CPUs with AVX-512 BF16 its layers pack their weights at the first forward without gradients, for a kernel that
+    then, in training, gives no gradients and no error.
+
+    Raises:
+        `ValueError`: that has happened already.
+    """
+    switch = "support_avx512bf16_for_cpu"
+    layers = [module for module in model.modules() if switch in vars(module)]
+    if any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers):
+        raise ValueError(
+            "The 4-bit weights of this model have been packed for inference on the CPU (by a forward without "
+            "gradients, such as an evaluation), and bitsandbytes cannot train through them; load the base model anew "
+            "and train first."
+        )
+    before = [getattr(layer, switch) for layer in layers]
+    for layer in layers:
+        setattr(layer, switch, False)
+    try:
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            setattr(layer, switch, old)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ._version import __version__
-from .cards import merged_card
+from .cards import keep_card_on_hub, merged_card, replaceable_card
 from .checksums import fields_checksum, fingerprint, tensors_checksum
 from .config import check_prefill, check_sparsity, check_version, make_criterion
 from .layer import has_plain_weight
@@ -135,8 +135,15 @@ def prepare_saving(model: nn.Module) -> None:
     if isinstance(model, PreTrainedModel) and any(isinstance(layer, SparseMixin) for layer in model.modules()):
         # On the instance: the model stays of its plain class.
         model.save_pretrained = partial(save_merged, model)
+        keep_card_on_hub(model, partial(merged_card_for_hub, model))
         if quantized_layer(model) is None:
             model.config.quantization_config = describe(model)
+
+
+def merged_card_for_hub(model: PreTrainedModel, folder: str, name: str) -> None:
+    """Write the card, unless only adapters on top of the merged model were saved."""
+    if Path(folder, "config.json").exists():
+        merged_card(folder, model.config, name)
 
 
 def quantized_layer(model: nn.Module) -> str | None:
@@ -215,7 +222,7 @@ def move_into_place(aside: Path, folder: Path, variant: str | None) -> None:
             path.unlink()
     rank = {".safetensors": 0}
     for name in sorted(new, key=lambda name: (name.name == "config.json", rank.get(name.suffix, 1), str(name))):
-        if name.name == "README.md" and (folder / name).exists():
+        if str(name) == "README.md" and replaceable_card(folder) is None:
             continue  # somebody's own card
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(aside / name, folder / name)

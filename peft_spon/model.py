@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, set_adapter
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -19,7 +20,16 @@ from transformers.pytorch_utils import Conv1D
 
 from .checksums import tensors_checksum
 from .config import SponConfig, check_sparsity
-from .layer import SponLayer, SponLinear, has_plain_weight, linear_sizes, plain_name, spon_layers
+from .layer import Place, SponLayer, SponLinear, has_plain_weight, linear_sizes, plain_name, spon_layers
+from .lora import (
+    active_lora,
+    check_finite,
+    delete_lora,
+    lora_layers,
+    lora_names,
+    lora_taken_over,
+    set_auxiliary,
+)
 from .merged import prepare_saving
 from .sparse_linear import fold_scale
 
@@ -51,6 +61,12 @@ class SponModel(BaseTuner):
     prefix: str = "spon_"
     tuner_layer_cls = SponLayer
     target_module_mapping: dict[str, list[str]] = {}  # targets are found by walking the model, see _prepare_model
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        with lora_taken_over(model, adapter_name) as inner:
+            super().__init__(inner, peft_config, adapter_name, *args, **kwargs)
+        if inner is not model:  # PEFT reads the name off the model it was given
+            self.peft_config[adapter_name].base_model_name_or_path = vars(inner).get("name_or_path") or None
 
     def _prepare_adapter_config(self, peft_config: SponConfig, model_config: dict) -> SponConfig:
         return peft_config
@@ -87,6 +103,7 @@ class SponModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, sparsity, has_anchor)
             return
         layer = SponLinear(target, adapter_name, peft_config, sparsity, has_anchor)
+        layer.place = Place(parent, target_name)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -110,13 +127,20 @@ class SponModel(BaseTuner):
                 f"adapter_names has {sorted(unknown)} but the adapters are {sorted(self.peft_config)}; '__base__' "
                 "stands for the dense model."
             )
+        lora = set(lora_names(self.peft_config)) & set(adapter_names)
+        if lora and set(adapter_names) - lora - {"__base__"}:
+            raise ValueError(
+                f"adapter_names is {adapter_names}: name LoRA adapters ({sorted(lora)}), or SPON adapters, not both; "
+                "the other kind stays as it is."
+            )
+        kinds = (LoraLayer, AuxiliaryTrainingWrapper) if lora else (SponLayer, AuxiliaryTrainingWrapper)
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in adapter_names for _ in range(beams)]
         encoder = self.model.get_encoder() if self.get_model_config(self.model).get("is_encoder_decoder") else None
         in_encoder = set(encoder.modules()) if encoder is not None else set()
         handles = []
         for module in self.modules():
-            if isinstance(module, (SponLayer, AuxiliaryTrainingWrapper)):
+            if isinstance(module, kinds):
                 # Beam search repeats the rows that the decoder sees; the encoder ran before that.
                 names = list(adapter_names) if module in in_encoder else repeated
                 hook = partial(_pass_adapter_names, adapter_names=names)
@@ -138,7 +162,8 @@ class SponModel(BaseTuner):
         Raises:
             `ValueError`: with `safe_merge`, something is NaN or infinite; nothing is merged then.
         """
-        before = {layer: list(layer.merged_adapters) for layer in spon_layers(self.model).values()}
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        before = {layer: list(layer.merged_adapters) for layer in layers}
         try:
             super().merge_adapter(adapter_names, safe_merge)
         except ValueError:
@@ -181,12 +206,51 @@ class SponModel(BaseTuner):
             names = layer.names_to_merge(adapter_names)
             if safe_merge and names:
                 layer.merged_effect(names, safe_merge)
+        if safe_merge:
+            check_finite(lora_layers(self.model))
         model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         if fold_gain:
             for name in layers:
                 fold_scale(model.get_submodule(name))
         prepare_saving(model)
         return model
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """
+        Choose the active adapters. With LoRA beneath: those of the kind that is named; the other kind stays as it is.
+
+        Args:
+            adapter_name (`str` or `list[str]`): SPON adapters, LoRA adapters, or both.
+            inference_mode (`bool`, *optional*, defaults to `False`): freeze them.
+        """
+        wanted = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        lora = [name for name in wanted if name in lora_names(self.peft_config)]
+        spon = [name for name in wanted if name not in lora]
+        active = active_lora(self.model)
+        if lora:
+            set_adapter(self.model, lora, inference_mode=inference_mode, layer_cls=LoraLayer)
+        if spon or not lora:
+            super().set_adapter(adapter_name if not lora else spon, inference_mode)
+        if lora or active:
+            set_auxiliary(self.model, [*self.active_adapters, *(lora or active)])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete a SPON adapter, or a LoRA beneath; with the last LoRA its layers go, too.
+
+        Args:
+            adapter_name (`str`): its name.
+
+        Raises:
+            `ValueError`: unknown, or merged.
+        """
+        if adapter_name not in lora_names(self.peft_config):
+            active = active_lora(self.model)
+            super().delete_adapter(adapter_name)
+        else:
+            delete_lora(self.model, adapter_name)
+            active = active_lora(self.model)
+        if active:
+            set_auxiliary(self.model, [*self.active_adapters, *active])
 
     def set_sparsity(
         self, sparsity: float, pattern: dict[str, float] | None = None, adapter_name: str | None = None

@@ -10,6 +10,7 @@ from transformers.quantizers.auto import (
 )
 
 from .config import SponConfig, SponPeftType
+from .lora import LoraBeneathSpon, LoraBeneathSponConfig
 from .merged import METHOD, SponMergedConfig, SponQuantizer
 from .model import SponModel
 
@@ -31,6 +32,9 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[key] = SponConfig
     PEFT_TYPE_TO_TUNER_MAPPING[key] = SponModel
     PEFT_TYPE_TO_PREFIX_MAPPING[key] = SponModel.prefix
+    PEFT_TYPE_TO_CONFIG_MAPPING[SponPeftType.LORA] = LoraBeneathSponConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[SponPeftType.LORA] = LoraBeneathSpon
+    PEFT_TYPE_TO_PREFIX_MAPPING[SponPeftType.LORA] = LoraBeneathSpon.prefix
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(SponMergedConfig)
         register_quantizer(METHOD)(SponQuantizer)

@@ -27,8 +27,9 @@ except ImportError as error:
 
 from .calibration import calibrate, removed_rms
 from .config import SponConfig
-from .distillation import SelfDistillation, evaluation_mode
-from .layer import SponLayer, spon_layers
+from .distillation import SelfDistillation, evaluation_mode, without_dropout
+from .layer import SponLayer, differentiable, spon_layers
+from .lora import active_lora, set_trainable
 from .model import adapter_config, resolve_adapter
 
 
@@ -148,9 +149,11 @@ class SponTrainer(SFTTrainer):
     Trainer that fits a SPON adapter's anchors so that the sparse model predicts what the dense one does.
 
     The loss is the forward KL from the model with SPON off to the model with it on, exact over the vocabulary and
-    averaged over the tokens whose label is not -100 (SPON, arXiv 2512.12744, section 3). Data, packing, evaluation,
-    checkpoints, trackers and the Hub are those of TRL's [`~trl.SFTTrainer`]. An adapter without thresholds is
-    calibrated on the training data first. S is active on every token while training, whatever `prefill` says.
+    averaged over the tokens whose label is not -100 (SPON, arXiv 2512.12744, section 3), without dropout. A LoRA
+    beneath SPON belongs to both models: it is frozen, and what it has learned is what the sparse model keeps. Data,
+    packing, evaluation, checkpoints, trackers and the Hub are those of TRL's [`~trl.SFTTrainer`]. An adapter without
+    thresholds is calibrated on the training data first. S is active on every token while training, whatever `prefill`
+    says.
 
     Logged, in training and with `eval_` in evaluation, as means over tokens: `kl` (nats), `perplexity` and
     `dense_perplexity` on the labels, `top1_agreement` with the dense model; `num_tokens`. At the end the KL on
@@ -213,6 +216,12 @@ class SponTrainer(SFTTrainer):
             peft_config = SponConfig(task_type="CAUSAL_LM")
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
         self.adapter_name = resolve_adapter(self.model, None)
+        if active_lora(self.model):
+            # The teacher has the LoRA, too: a LoRA that moved would move the target along.
+            logger.info(
+                "Only the anchors are trained, the LoRA beneath them is frozen (set_trainable changes it back)"
+            )
+            set_trainable(self.model, "anchors")
         for layer in spon_layers(self.model).values():
             _keep_fp32(layer)
         if not self._trained_parameters():
@@ -230,6 +239,10 @@ class SponTrainer(SFTTrainer):
     # ---- before and after the steps ------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any):
+        with without_dropout(self.model), differentiable(self.model):
+            return self._train(*args, **kwargs)
+
+    def _train(self, *args: Any, **kwargs: Any):
         self._prepare_adapter()
         if self.accelerator.num_processes > 1 and self.model_wrapped is self.model:
             # An evaluate() before train() marks the model as prepared without DDP; ranks would drift apart in silence.

@@ -3,6 +3,7 @@
 """Quantised base models: bitsandbytes 4 and 8 bit, torchao int8. Skipped where these are not installed."""
 
 import pytest
+import tokenizers
 import torch
 import transformers as tf
 from models import SPECIAL, VOCAB, build
@@ -78,6 +79,27 @@ def test_a_training_step_moves_the_anchors(quantized):
     anchors = [p for n, p in model.named_parameters() if "spon_anchor" in n]
     assert anchors
     assert all(p.dtype == torch.float32 and p.abs().max() > 0 for p in anchors)
+
+
+def test_the_trainer_moves_every_anchor(quantized, tmp_path):
+    pytest.importorskip("trl", reason="pip install 'peft_spon[train]'")
+    from datasets import Dataset
+
+    from peft_spon import SponTrainer, SponTrainingConfig
+
+    rows = torch.randint(3, VOCAB, (8, 16)).tolist()
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w1"))
+    trainer = SponTrainer(
+        adapted(quantized[0], init_weights=True),
+        SponTrainingConfig(
+            str(tmp_path), max_steps=2, report_to=[], save_strategy="no", use_cpu=True, gradient_checkpointing=False
+        ),
+        train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
+        processing_class=tf.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2"),
+    )
+    trainer.train()
+    for name, layer in spon_layers(trainer.model).items():
+        assert layer.spon_anchor["default"].abs().min() > 0, name
 
 
 @pytest.mark.parametrize("space", ["input", "output"])

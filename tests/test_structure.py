@@ -22,6 +22,7 @@ LEVELS = {
     "config": 1,
     "layer": 2,
     "merged": 2.2,
+    "lora": 2.2,
     "model": 2.5,
     "calibration": 3,
     "distillation": 3,

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, dense_mode
 from peft_spon.calibration import removed_rms
+from peft_spon.distillation import without_dropout
 from peft_spon.layer import spon_layers
 from peft_spon.losses import forward_kl
 from peft_spon.trainer import TrainingDiverged
@@ -367,17 +368,31 @@ def test_nothing_to_train(tmp_path, tokenizer):
         SponTrainingConfig(str(tmp_path), temperature=0, use_cpu=True)
 
 
-def test_teacher_has_no_dropout(tmp_path, tokenizer):
-    """With S the identity and zero anchors the loss is zero up to the student's own dropout, which is none in eval."""
-    model = MODELS["llama"]()
-    model.config.attention_dropout = 0.5
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_neither_teacher_nor_student_has_dropout(tmp_path, tokenizer, checkpointing):
+    def anchors(dropout):
+        model = MODELS["gpt2"]()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = dropout
+        trainer = make(
+            tmp_path, tokenizer, model, SponConfig(sparsity=0.6), gradient_checkpointing=checkpointing, max_steps=2
+        )
+        trainer.train()
+        assert {m.p for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout)} == {dropout}
+        return [layer.spon_anchor["default"] for layer in spon_layers(trainer.model).values()]
+
+    for with_dropout, without in zip(anchors(0.5), anchors(0.0), strict=True):
+        assert torch.equal(with_dropout, without)
+
+
+def test_attention_dropout_in_an_attribute_is_off_as_well():
+    model = MODELS["llama"]().train()
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    model = get_peft_model(model, SponConfig(sparsity=0.0))
-    trainer = make(tmp_path, tokenizer, model)
-    batch = next(iter(trainer.get_train_dataloader()))
-    model.eval()
-    assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(0, abs=1e-6)
-    model.train()
-    trainer.compute_loss(model, dict(batch))
-    assert model.training
+    batch = {"input_ids": torch.randint(3, VOCAB, (2, 12))}
+    with torch.no_grad():
+        assert not torch.equal(model(**batch).logits, model(**batch).logits)
+        with without_dropout(model):
+            assert torch.equal(model(**batch).logits, model(**batch).logits)
+    assert model.model.layers[0].self_attn.attention_dropout == 0.5

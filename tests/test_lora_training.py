@@ -1,0 +1,148 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+"""TRL's SFTTrainer trains a LoRA on a sparse model, SponTrainer anchors over a LoRA; checkpoints resume both."""
+
+import pytest
+import torch
+from datasets import Dataset
+from models import MODELS, VOCAB, logits
+from peft import LoraConfig, get_peft_model
+from test_trainer import tokenizer  # noqa: F401  (a fixture)
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, add_lora, calibrate, dense_mode, load_with_lora
+from peft_spon.layer import spon_layers
+
+
+def rows(count=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (count, 16), generator=generator).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def sparse_model(trainable=None):
+    torch.manual_seed(0)
+    model = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.5))
+    calibrate(model, [{"input_ids": torch.tensor(rows()["input_ids"])}], progress=False)
+    lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
+    return model if trainable is None else add_lora(model, lora, trainable=trainable)
+
+
+def trainer_of(kind, model, tmp_path, tokenizer, **kwargs):  # noqa: F811
+    trainer_class, config_class = {"sft": (SFTTrainer, SFTConfig), "spon": (SponTrainer, SponTrainingConfig)}[kind]
+    rate = {"learning_rate": 0.02} if kind == "sft" else {}
+    args = config_class(
+        output_dir=str(tmp_path),
+        **{
+            "max_steps": 6,
+            "per_device_train_batch_size": 4,
+            "max_length": 16,
+            "report_to": [],
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            **rate,
+            **kwargs,
+        },
+    )
+    return trainer_class(model, args, train_dataset=rows(), processing_class=tokenizer)
+
+
+def state(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def moved(before, model):
+    after = state(model)
+    names = {name for name in before if not torch.equal(before[name], after[name])}
+    return {"lora" if "lora_" in name else "spon" if "spon_" in name else "base" for name in names}
+
+
+@pytest.mark.parametrize(
+    ("trainable", "kinds"), [("lora", {"lora"}), ("anchors", {"spon"}), ("both", {"lora", "spon"})]
+)
+def test_sft_trainer_trains_what_was_chosen(trainable, kinds, tmp_path, tokenizer):  # noqa: F811
+    model = sparse_model(trainable)
+    before = state(model)
+    trainer = trainer_of("sft", model, tmp_path, tokenizer, gradient_checkpointing=True)
+    output = trainer.train()
+    assert moved(before, trainer.model) == kinds
+    assert torch.isfinite(torch.tensor(output.training_loss))
+    trainer.save_model(tmp_path / "saved")
+    again = load_with_lora(MODELS["llama"](), tmp_path / "saved").eval()
+    assert torch.equal(logits(again, "llama"), logits(trainer.model.eval(), "llama"))
+
+
+def test_spon_trainer_distils_over_a_frozen_lora(tmp_path, tokenizer):  # noqa: F811
+    torch.manual_seed(0)
+    lora = get_peft_model(MODELS["llama"](), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    model = get_peft_model(lora, SponConfig(sparsity=0.6))
+    before = state(model)
+    trainer = trainer_of("spon", model, tmp_path, tokenizer, max_steps=30, logging_steps=1)
+    # The teacher is the dense model with its LoRA.
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad(), dense_mode(model.eval()):
+        dense = model(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+    _, outputs = trainer._distill(model, batch)
+    wanted = torch.nn.functional.cross_entropy(dense, batch["labels"][:, 1:].flatten(), reduction="none")
+    torch.testing.assert_close(outputs["teacher_nll"], wanted)
+    output = trainer.train()
+    assert moved(before, trainer.model) == {"spon"}
+    assert output.metrics["kl_after"] < output.metrics["kl_before"]
+
+
+class Killed(RuntimeError):
+    pass
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+@pytest.mark.parametrize(("kind", "trainable"), [("sft", "lora"), ("sft", "both"), ("spon", "anchors")])
+def test_a_checkpoint_resumes_both_exactly(kind, trainable, tmp_path, tokenizer):  # noqa: F811
+    def start(folder):
+        return trainer_of(kind, sparse_model(trainable), folder, tokenizer, save_strategy="steps", save_steps=2)
+
+    straight = start(tmp_path / "straight")
+    straight.train()
+    killed = start(tmp_path / "killed")
+    killed.add_callback(KillAt(4))
+    with pytest.raises(Killed):
+        killed.train()
+    resumed = start(tmp_path / "killed")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    wanted = state(straight.model)
+    for name, parameter in resumed.model.named_parameters():
+        assert torch.equal(parameter, wanted[name]), name
+    for a, b in zip(spon_layers(straight.model).values(), spon_layers(resumed.model).values(), strict=True):
+        assert torch.equal(a.spon_threshold["default"], b.spon_threshold["default"])
+        assert a.trainable_choice == b.trainable_choice == trainable
+    names = {path.name for path in (tmp_path / "killed" / "checkpoint-4").iterdir()}
+    assert {"adapter_model.safetensors", "task"} <= names
+    assert not {"model.safetensors", "pytorch_model.bin"} & names, "only adapters"
+
+
+def test_distil_fine_tune_distil_again(tmp_path, tokenizer):  # noqa: F811
+    """The joint recipe, one object all the way."""
+    trainer = trainer_of("spon", sparse_model(), tmp_path, tokenizer)
+    trainer.train()
+    model = add_lora(trainer.model, LoraConfig(r=4, target_modules="all-linear"))
+    before = state(model)
+    trainer_of("sft", model, tmp_path, tokenizer).train()
+    assert moved(before, model) == {"lora"}
+    calibrate(model, [{"input_ids": torch.tensor(rows()["input_ids"])}], refit=True, progress=False)
+    before = state(model)
+    trainer_of("spon", model, tmp_path, tokenizer).train()
+    assert moved(before, model) == {"spon"}
+    merged = model.merge_and_unload().eval()
+    assert logits(merged, "llama").isfinite().all()
