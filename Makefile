@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+QUANT := $(VENV)/quantised
 
 .PHONY: quickstart quickstart-short test lint clean
 
@@ -9,7 +10,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit('peft_spon needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.12 ...' % v)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[train,eval,quant,dev]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[train,eval,dev]"
+	touch $@
+
+# Beside the environment: their imports print warnings into whatever uses PEFT.
+$(QUANT)/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(QUANT) bitsandbytes torchao
 	touch $@
 
 quickstart: $(VENV)/.installed
@@ -18,10 +24,11 @@ quickstart: $(VENV)/.installed
 quickstart-short: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py --short
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed $(QUANT)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(if $(ARGS),,PYTHONPATH=$(QUANT) $(BIN)/python -m pytest tests/test_quantized.py)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

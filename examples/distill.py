@@ -95,8 +95,10 @@ def main(script: ScriptArguments, training: SponTrainingConfig, model_args: Mode
     trainer.create_model_card()
     if trainer.is_world_process_zero():
         metrics = output.metrics
-        kl = ", ".join(f"{metrics[key]:.4f} {key.removeprefix('kl_')}" for key in ("kl_before", "kl_after"))
-        print(f"\nKL to the dense model: {kl} training. The adapter is in {training.output_dir}.")
+        if "kl_before" in metrics:  # not under DeepSpeed
+            before, after = metrics["kl_before"], metrics["kl_after"]
+            print(f"\nKL to the dense model: {before:.4f} before, {after:.4f} after training.")
+        print(f"The adapter is in {training.output_dir}.")
         print(f"{time.time() - begun:.0f} s in all, {metrics['train_runtime']:.0f} s of them training.")
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)

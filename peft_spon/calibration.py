@@ -14,8 +14,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .criteria import entries_kept
-from .data import iter_batches, to_device
-from .layer import QUANTILE_POINTS, SponLayer, dense_mode, every_token_sparse, spon_layers
+from .data import Batch, iter_batches, padding_masks, to_device, without_padding
+from .layer import QUANTILE_POINTS, SponLayer, dense_mode, evaluation_mode, every_token_sparse, spon_layers
 from .model import adapter_config, resolve_adapter
 
 
@@ -132,8 +132,7 @@ class _Recorder:
 
     def start_batch(self, batch: dict[str, torch.Tensor]) -> None:
         """Remember which tokens are padding. Nothing is kept of the batch before."""
-        masks = [batch.get("attention_mask"), batch.get("decoder_attention_mask")]
-        self.masks = [mask.bool() for mask in masks if mask is not None and not bool(mask.all())]
+        self.masks = padding_masks(batch)
         self._last_input = None
 
     @torch.no_grad()
@@ -144,17 +143,10 @@ class _Recorder:
         # Layers that read the same input and score it alike (q, k, v; gate, up) are counted once.
         key = name if criterion.uses_column_norms else criterion
         if key not in self._last_counts:
-            self._last_counts[key] = bin_counts(layer.score(self.without_padding(x), self.adapter_name))
+            self._last_counts[key] = bin_counts(layer.score(without_padding(x, self.masks), self.adapter_name))
         if name not in self.histograms:
             self.histograms[name] = ScoreHistogram(x.device)
         self.histograms[name].add(self._last_counts[key])
-
-    def without_padding(self, x: torch.Tensor) -> torch.Tensor:
-        """The tokens of x (..., in) that a batch's attention mask of the same tokens does not mark as padding."""
-        for mask in self.masks:
-            if x.shape[:-1] == mask.shape or (x.ndim == 2 and x.shape[0] == mask.numel()):
-                return x.flatten(0, -2)[mask.flatten().to(x.device)]
-        return x
 
     def remove(self) -> None:
         self._last_input = None
@@ -251,8 +243,23 @@ def calibrate(
     return result
 
 
+@dataclass(frozen=True)
+class Removed:
+    """What S takes away from a layer, in the sparse model, over tokens and features.
+
+    For an output-side anchor that is W x - W S(x), for an input-side one x - S(x).
+
+    Attributes:
+        rms (`float`): its root mean square, the natural unit of the layer's anchor; 1.0 where S removes nothing.
+        share (`float`): that, relative to the root mean square of W x, or of x.
+    """
+
+    rms: float
+    share: float
+
+
 @torch.no_grad()
-def removed_rms(
+def removed_by_s(
     model: nn.Module,
     data: Iterable[Any],
     tokenizer: Any = None,
@@ -262,27 +269,28 @@ def removed_rms(
     max_length: int = 512,
     max_tokens: int = 8192,
     text_column: str = "text",
-) -> dict[str, float]:
+) -> dict[str, Removed]:
     """
-    How much S takes away from each layer: the natural unit of its anchor.
+    How much S takes away from each layer.
 
     Args:
         model (`torch.nn.Module`): a model with a SPON adapter.
         data, tokenizer, adapter_name, batch_size, max_length, max_tokens, text_column: as in [`calibrate`].
 
     Returns:
-        `dict[str, float]`: layer name to the root mean square, over tokens and features, of W x - W S(x) for an
-        output-side anchor, of x - S(x) for an input-side one, in the sparse model. 1.0 where S removes nothing.
+        `dict[str, Removed]`: by layer name.
     """
     name = resolve_adapter(model, adapter_name)
-    squares: dict[str, float] = {}
+    squares: dict[str, torch.Tensor] = {}
     entries: dict[str, int] = {}
 
     def observe(key: str, layer: SponLayer, x: torch.Tensor) -> None:
-        removed = x - layer.sparsify(x, name)
+        whole, removed = x, x - layer.sparsify(x, name)
         if layer.spon_settings[name].anchor_space == "output":
-            removed = layer.base_layer(removed) - layer.base_layer(torch.zeros_like(removed[..., :1, :]))
-        squares[key] = squares.get(key, 0.0) + removed.float().square().sum().item()
+            at_zero = layer.base_layer(torch.zeros_like(x[..., :1, :]))
+            whole, removed = (layer.base_layer(value) - at_zero for value in (whole, removed))
+        sums = torch.stack([value.float().square().sum(dtype=torch.float64) for value in (removed, whole)])
+        squares[key] = squares.get(key, 0.0) + sums.cpu()
         entries[key] = entries.get(key, 0) + removed.numel()
 
     handles = [
@@ -293,23 +301,36 @@ def removed_rms(
     batches = iter_batches(
         data, tokenizer, batch_size=batch_size, max_length=max_length, max_tokens=max_tokens, text_column=text_column
     )
-    was_training = model.training
-    model.eval()
     try:
-        with every_token_sparse(model):
+        with every_token_sparse(model), evaluation_mode(model):
             for batch in batches:
-                model(**to_device(batch, model))
+                run(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
-    rms = {key: math.sqrt(squares[key] / entries[key]) or 1.0 for key in squares}
+    table = torch.stack([squares[key] / torch.tensor([entries[key], 1.0]) for key in squares])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # The same number on every rank, to the last bit: it sets learning rates.
-        values = torch.tensor(list(rms.values()), device=next(model.parameters()).device)
-        torch.distributed.broadcast(values, src=0)
-        rms = dict(zip(rms, values.tolist(), strict=True))
-    return rms
+        # The same numbers on every rank, to the last bit: they set learning rates.
+        table = table.to(next(model.parameters()).device)
+        torch.distributed.broadcast(table, src=0)
+    found = {}
+    for key, (mean_square, whole) in zip(squares, table.tolist(), strict=True):
+        share = math.sqrt(mean_square * entries[key] / whole) if whole > 0 else 0.0
+        found[key] = Removed(math.sqrt(mean_square) or 1.0, share)
+    return found
+
+
+def run(model: nn.Module, batch: Batch) -> None:
+    """One forward for what hooks see of it. The output head gets the last token only, as nothing reads the logits."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    handle = None
+    if head is not None and not isinstance(head, SponLayer) and "labels" not in batch:
+        handle = head.register_forward_pre_hook(lambda module, args: (args[0][:, -1:], *args[1:]) if args else None)
+    try:
+        model(**to_device(batch, model))
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def _measure(
@@ -317,22 +338,21 @@ def _measure(
 ) -> tuple[dict[str, ScoreHistogram], int]:
     """One pass over the data: a histogram per layer, summed over processes, and the number of tokens seen."""
     recorder = _Recorder(layers, name)
-    was_training, tokens = model.training, 0
-    model.eval()
+    tokens = 0
     try:
         with ExitStack() as stack:
             stack.enter_context(every_token_sparse(model) if sparse else dense_mode(model))
+            stack.enter_context(evaluation_mode(model))
             bar = stack.enter_context(
                 tqdm(desc=label, unit=" tokens", disable=None if progress is None else not progress)
             )
             for batch in batches:
                 recorder.start_batch(batch)
-                model(**to_device(batch, model))
+                run(model, batch)
                 tokens += batch["input_ids"].numel()
                 bar.update(batch["input_ids"].numel())
     finally:
         recorder.remove()
-        model.train(was_training)
     for key, layer in layers.items():
         if key not in recorder.histograms:
             device = next(layer.parameters()).device

@@ -182,6 +182,8 @@ class SponConfig(PeftConfig):
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
 
+        if isinstance(self.modules_to_save, (set, tuple)):
+            self.modules_to_save = sorted(self.modules_to_save)  # in JSON, a set would have any order
         if self.peft_spon_version is None:
             self.peft_spon_version = __version__
         check_version(self.peft_spon_version, "peft_spon_version")
@@ -206,6 +208,8 @@ class SponConfig(PeftConfig):
             raise ValueError(f"calibrated is {self.calibrated!r}; it is True or False and written by calibrate().")
         # Of the tensors that are about to be saved with this configuration, see SponModel.
         self._tensors_checksum: str | None = None
+        # Of an adapter that was just put into a model and holds no work yet, see SponModel.
+        self._is_new = False
 
     @classmethod
     def published(cls, **kwargs: Any) -> "SponConfig":

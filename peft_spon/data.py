@@ -24,8 +24,9 @@ def iter_batches(
     """
     Turn data into batches a model takes.
 
-    Texts and tokenised rows are joined (texts closed by the end-of-text token, if the tokenizer has one) and cut into
-    blocks of `max_length` tokens; the last block may be shorter, nothing is padded and nothing is dropped. Ready
+    Texts and tokenised rows are joined (texts opened by the beginning-of-text token where the tokenizer adds one, and
+    closed by the end-of-text token, if it has one; padding that an `attention_mask` marks is left out) and cut into
+    blocks of `max_length` tokens; the last block may be shorter, nothing is padded and nothing else is dropped. Ready
     batches pass through as they are.
 
     Args:
@@ -110,7 +111,10 @@ def tokens_of(item: Any, tokenizer: Any, text_column: str) -> list[int]:
     """Token ids of one text or row."""
     if isinstance(item, Mapping):
         if "input_ids" in item:
-            return list(torch.as_tensor(item["input_ids"]).flatten().tolist())
+            ids = torch.as_tensor(item["input_ids"]).flatten()
+            if "attention_mask" in item:
+                ids = ids[torch.as_tensor(item["attention_mask"]).flatten().bool()]
+            return ids.tolist()
         if text_column not in item:
             raise ValueError(
                 f"A row of the data has the columns {sorted(item)}, but neither 'input_ids' nor {text_column!r}; name "
@@ -124,7 +128,32 @@ def tokens_of(item: Any, tokenizer: Any, text_column: str) -> list[int]:
     if tokenizer is None:
         raise ValueError("The data holds texts but no tokenizer was given; pass tokenizer=..., or tokenised data.")
     ids = tokenizer(item, add_special_tokens=False, verbose=False)["input_ids"]
+    opening = tokenizer("")["input_ids"][:1]  # what models of the tokenizer have seen at the start of every text
+    if opening and opening[0] == tokenizer.bos_token_id:
+        ids = opening + ids
     return ids + [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else ids
+
+
+def without_padding(x: torch.Tensor, masks: list[torch.Tensor]) -> torch.Tensor:
+    """The tokens of x (..., tokens, features) that a mask of the same tokens does not mark as padding.
+
+    Args:
+        x (`torch.Tensor`): a layer's input.
+        masks (`list[torch.Tensor]`): boolean, from [`padding_masks`].
+
+    Returns:
+        `torch.Tensor`: x, or a matrix (tokens, features) of what remains.
+    """
+    for mask in masks:
+        if x.shape[:-1] == mask.shape or (x.ndim == 2 and x.shape[0] == mask.numel()):
+            return x.flatten(0, -2)[mask.flatten().to(x.device)]
+    return x
+
+
+def padding_masks(batch: Batch) -> list[torch.Tensor]:
+    """The attention masks of a batch as booleans, those that mark any padding."""
+    masks = [batch.get("attention_mask"), batch.get("decoder_attention_mask")]
+    return [mask.bool() for mask in masks if mask is not None and not bool(mask.all())]
 
 
 def to_device(batch: Batch, model: torch.nn.Module) -> Batch:

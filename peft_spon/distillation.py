@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.dropout import _DropoutNd
 from transformers.utils import logging
 
-from .layer import dense_mode
+from .layer import dense_mode, evaluation_mode
 from .losses import OutputHead, compare_hidden, compare_logits
 
 
@@ -83,10 +83,15 @@ class SelfDistillation:
 
     def _run(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """What the model feeds its head, shape (batch, tokens, hidden), or without `lean` its logits."""
-        return self._catch(args, kwargs)[0] if self.lean else self.forward(*args, **kwargs).logits
+        if not self.lean:
+            return self.forward(*args, **kwargs).logits
+        caught, _ = self._catch(args, kwargs)
+        if len(caught) != 1:
+            raise RuntimeError(f"The output head ran {len(caught)} times in one forward.")
+        return caught[0]
 
-    def _catch(self, args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states in front of the head, and the model's logits of the last position: (batch, 1, vocabulary)."""
+    def _catch(self, args: tuple, kwargs: dict) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """What went into the head, once a call, and the model's logits of the last token: (batch, 1, vocabulary)."""
         caught = []
 
         def keep_last(module: nn.Module, head_args: tuple) -> tuple:
@@ -98,9 +103,7 @@ class SelfDistillation:
             logits = self.forward(*args, **kwargs).logits
         finally:
             handle.remove()
-        if len(caught) != 1:
-            raise RuntimeError(f"The output head ran {len(caught)} times in one forward.")
-        return caught[0], logits
+        return caught, logits
 
     @torch.no_grad()
     def _inspect(self, args: tuple, kwargs: dict) -> str | None:
@@ -108,16 +111,11 @@ class SelfDistillation:
         problem = head_problem(self.model)
         if problem:
             return problem
-        calls = []
-        counter = self.model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
         with evaluation_mode(self.model):
-            try:
-                self.forward(*args, **kwargs)
-            finally:
-                counter.remove()
-            if len(calls) != 1:
-                return f"the output head of {type(self.model).__name__} runs {len(calls)} times in a forward"
-            hidden, wanted = self._catch(args, kwargs)
+            caught, wanted = self._catch(args, kwargs)
+        if len(caught) != 1:
+            return f"the output head of {type(self.model).__name__} runs {len(caught)} times in a forward"
+        hidden = caught[0]
         with gathered_head(self.model.get_output_embeddings()) as (weight, bias):
             raw = OutputHead(weight, bias).logits(hidden[:, -1])
             softcap = softcap_of(self.model)
@@ -172,19 +170,6 @@ def gathered_head(head: nn.Linear):
         return
     weight, bias = (value.full_tensor() if isinstance(value, DTensor) else value for value in (head.weight, head.bias))
     yield weight.detach(), None if bias is None else bias.detach()
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module):
-    """`with evaluation_mode(model):` dropout off, every module's own mode restored after."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

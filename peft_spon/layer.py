@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -69,6 +70,18 @@ class Place:
         return Place, ()
 
 
+class Fp32ParameterDict(nn.ParameterDict):
+    """Parameters keyed by adapter name that follow the device of the module but never leave fp32."""
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        before = {name: parameter.data for name, parameter in self.items()}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            if self[name].dtype != old.dtype:
+                self[name].data = old.to(self[name].device)
+        return self
+
+
 @dataclass(frozen=True)
 class Merged:
     """What several merged adapters come to: y = W (scale * S(x) + inner) + b + shift, S of the first of them.
@@ -101,8 +114,8 @@ class SponLayer(BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer
-        self.spon_anchor = nn.ParameterDict()
-        self.spon_gain = nn.ParameterDict()
+        self.spon_anchor = Fp32ParameterDict()
+        self.spon_gain = Fp32ParameterDict()
         self.spon_threshold = Fp32BufferDict()
         self.spon_quantiles = Fp32BufferDict()
         self.spon_column_scale = Fp32BufferDict()
@@ -110,6 +123,8 @@ class SponLayer(BaseTunerLayer):
         self._disable_adapters = False
         self._anchors_enabled = True
         self._every_token = False
+        self._thresholds_seen = False
+        self.adapters_run: set[str] = set()  # those that a forward has used
         self.trainable_choice: str | None = None  # see lora.set_trainable
         self.place = Place()
         self.merged_adapters = []
@@ -125,6 +140,7 @@ class SponLayer(BaseTunerLayer):
             has_anchor (`bool`): whether this layer carries an anchor (and a gain), after `anchor_modules`.
         """
         criterion = config.make_criterion()
+        self.adapters_run.discard(adapter_name)
         self.spon_settings[adapter_name] = LayerSettings(
             criterion, sparsity, config.prefill, config.anchor_space, config.calibrated
         )
@@ -135,6 +151,7 @@ class SponLayer(BaseTunerLayer):
                 self.spon_gain[adapter_name] = nn.Parameter(initial_vector(self.in_features, config.init_weights))
         if criterion.uses_threshold and config.calibrated:
             # Loading fills these. NaN marks them as missing until then.
+            self._thresholds_seen = False
             self.spon_threshold[adapter_name] = torch.full((1,), math.nan)
             self.spon_quantiles[adapter_name] = torch.full((QUANTILE_POINTS,), math.nan)
         if criterion.uses_column_norms:
@@ -173,6 +190,13 @@ class SponLayer(BaseTunerLayer):
         """1 where S keeps the entry, 0 where it zeroes it, in the dtype of x; x and the mask have shape (..., in)."""
         settings = self.spon_settings[adapter_name]
         threshold = self.spon_threshold[adapter_name] if settings.uses_threshold else None
+        if threshold is not None and not self._thresholds_seen and not torch.compiler.is_compiling():
+            if threshold.isnan():
+                raise ValueError(
+                    f"Adapter {adapter_name!r} is said to be calibrated but has no thresholds: its SponConfig is that "
+                    "of a saved adapter. Load the adapter (PeftModel.from_pretrained), or set calibrated=False."
+                )
+            self._thresholds_seen = True
         norms = self.spon_column_scale[adapter_name] if settings.criterion.uses_column_norms else None
         return keep_mask(x, settings, threshold, norms)
 
@@ -292,6 +316,8 @@ class SponLinear(nn.Module, SponLayer):
         active = [name for name in self.active_adapters if name in self.spon_settings]
         if not active:
             return self.base_layer(x, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            self.adapters_run.update(active)
         y = self.base_layer(self.adapt_input(x, active), *args, **kwargs)
         return self.adapt_output(y, x, active)
 
@@ -423,23 +449,46 @@ def plain_name(name: str) -> str:
 @contextmanager
 def layer_flag(model: nn.Module, flag: str, value: bool) -> Iterator[None]:
     """Set a switch of all SPON layers of a model inside a `with` block, restore it after."""
-    layers = list(spon_layers(model).values())
-    before = [getattr(layer, flag) for layer in layers]
+    with attribute(list(spon_layers(model).values()), flag, value):
+        yield
+
+
+@contextmanager
+def attribute(modules: list[nn.Module], name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of some modules inside a `with` block, restore it after."""
+    before = [getattr(module, name) for module in modules]
     try:
-        for layer in layers:
-            setattr(layer, flag, value)
+        for module in modules:
+            setattr(module, name, value)
         yield
     finally:
-        for layer, old in zip(layers, before, strict=True):
-            setattr(layer, flag, old)
+        for module, old in zip(modules, before, strict=True):
+            setattr(module, name, old)
 
 
-def dense_mode(model: nn.Module):
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`with evaluation_mode(model):` dropout off, every module's own mode restored after."""
+    with attribute([module for module in model.modules() if module.training], "training", False):
+        yield
+
+
+@contextmanager
+def dense_mode(model: nn.Module) -> Iterator[None]:
     """`with dense_mode(model):` SPON off, so the model is its own dense teacher; other adapters stay as they are.
 
-    Unlike PEFT's `disable_adapter()` it touches no `requires_grad`, so it is safe between forward and backward.
+    SPON's `modules_to_save` are off, too. Unlike PEFT's `disable_adapter()` it touches no `requires_grad`, so it is
+    safe between forward and backward.
     """
-    return layer_flag(model, "_disable_adapters", True)
+    layers = list(spon_layers(model).values())
+    names = {name for layer in layers for name in layer.spon_settings}
+    wrappers = [
+        module
+        for module in model.modules()
+        if isinstance(module, AuxiliaryTrainingWrapper) and names & set(module.active_adapters)
+    ]
+    with attribute([*layers, *wrappers], "_disable_adapters", True):
+        yield
 
 
 def without_anchors(model: nn.Module):
@@ -564,14 +613,8 @@ def differentiable(model: nn.Module) -> Iterator[None]:
             "gradients, such as an evaluation), and bitsandbytes cannot train through them; load the base model anew "
             "and train first."
         )
-    before = [getattr(layer, switch) for layer in layers]
-    for layer in layers:
-        setattr(layer, switch, False)
-    try:
+    with attribute(layers, switch, False):
         yield
-    finally:
-        for layer, old in zip(layers, before, strict=True):
-            setattr(layer, switch, old)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from torch import nn
 
 from .cards import lora_card
 from .config import SponConfig, SponPeftType
-from .layer import spon_layers
+from .layer import attribute, spon_layers
 from .sparse_linear import SparseMixin
 
 
@@ -157,10 +157,10 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
         for held in (*own.values(), *module._modules.values()):
             if isinstance(held, (dict, nn.ModuleDict, nn.ParameterDict)) and old in held:
                 held[new] = held.pop(old)
-        for attribute in ("_active_adapter", "merged_adapters"):
-            names = getattr(module, attribute)
+        for kind in ("_active_adapter", "merged_adapters"):
+            names = getattr(module, kind)
             renamed = [new if name == old else name for name in ([names] if isinstance(names, str) else names)]
-            setattr(module, attribute, renamed)
+            setattr(module, kind, renamed)
         if isinstance(module, AuxiliaryTrainingWrapper) and old in module._adapters:
             module._adapters = {new if name == old else name for name in module._adapters}
 
@@ -293,15 +293,8 @@ def without_lora(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         if isinstance(module, AuxiliaryTrainingWrapper) and module._adapters & names
     ]
-    modules = [*lora_layers(model), *wrappers]
-    before = [module._disable_adapters for module in modules]
-    try:
-        for module in modules:
-            module._disable_adapters = True
+    with attribute([*lora_layers(model), *wrappers], "_disable_adapters", True):
         yield
-    finally:
-        for module, old in zip(modules, before, strict=True):
-            module._disable_adapters = old
 
 
 def delete_lora(model: nn.Module, adapter_name: str) -> None:

@@ -18,9 +18,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from .cards import keep_card_on_hub
 from .checksums import tensors_checksum
-from .config import SponConfig, check_sparsity
-from .layer import Place, SponLayer, SponLinear, has_plain_weight, linear_sizes, plain_name, spon_layers
+from .config import SponConfig, adapter_card_for_hub, check_sparsity
+from .layer import Place, SponLayer, SponLinear, has_plain_weight, linear_sizes, plain_name, spon_layers, threshold_at
 from .lora import (
     active_lora,
     check_finite,
@@ -69,7 +70,13 @@ class SponModel(BaseTuner):
             self.peft_config[adapter_name].base_model_name_or_path = vars(inner).get("name_or_path") or None
 
     def _prepare_adapter_config(self, peft_config: SponConfig, model_config: dict) -> SponConfig:
-        return peft_config
+        # A copy: calibration and the dial write into it, and the user's object may serve several adapters.
+        own = copy.copy(peft_config)
+        own._is_new = True
+        for name, config in self.peft_config.items():
+            if config is peft_config:
+                self.peft_config[name] = own
+        return own
 
     def _prepare_model(self, peft_config: SponConfig, model: nn.Module) -> None:
         """Resolve the default targets and check everything that can be wrong before a layer is touched."""
@@ -282,6 +289,7 @@ class SponModel(BaseTuner):
         named = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in found.items()}
         # The configuration, which PEFT saves next, says which tensors belong to it.
         config._tensors_checksum = own_checksum(named)
+        keep_card_on_hub(model, adapter_card_for_hub)
         return found
 
     @classmethod
@@ -297,9 +305,13 @@ class SponModel(BaseTuner):
                 f"{SAFETENSORS_WEIGHTS_NAME} and adapter_config.json do not belong together: the tensors are not "
                 "those that were saved with this configuration. Save or download the adapter again."
             )
+        problem = problem or find_other_settings(model, adapter_name, remapped)
         if problem:
-            remove_adapter(model, adapter_name)
+            has_run = any(adapter_name in layer.adapters_run for layer in spon_layers(model).values())
+            if config._is_new and not has_run:  # made for this load; another one keeps what it holds
+                remove_adapter(model, adapter_name)
             raise ValueError(problem)
+        config._is_new = False
         return remapped
 
 
@@ -354,6 +366,8 @@ def resolve_adapter(
             raise ValueError(f"No SPON adapter is active; call set_adapter() with one of {known}.")
     if adapter_name not in known:
         raise ValueError(f"There is no SPON adapter {adapter_name!r}; the model has {known}.")
+    if must_be_active and any(layer.disable_adapters for layer in layers):
+        raise ValueError("The adapters are disabled, so the model is dense; leave the disable_adapter() block first.")
     if must_be_active and not any(adapter_name in layer.active_adapters for layer in layers):
         raise ValueError(f"Adapter {adapter_name!r} is not active; call model.set_adapter({adapter_name!r}) first.")
     return adapter_name
@@ -361,7 +375,9 @@ def resolve_adapter(
 
 def adapter_config(model: nn.Module, adapter_name: str) -> SponConfig:
     """The configuration of an adapter, in a PeftModel as in a transformers model with `add_adapter`."""
-    return model.peft_config[adapter_name]
+    config = model.peft_config[adapter_name]
+    config._is_new = False
+    return config
 
 
 def outer_modules(model: nn.Module, prefix: str = ""):
@@ -481,6 +497,40 @@ def find_problem(model: nn.Module, adapter_name: str, state_dict: dict[str, torc
                     f"{SAFETENSORS_WEIGHTS_NAME}: The saved adapter's {where} holds NaN or infinity; save it again "
                     "from a healthy model."
                 )
+    return None
+
+
+def find_other_settings(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> str | None:
+    """Whether tensors, whole as they are, come from an adapter with other settings than the model's has. Or None.
+
+    PEFT loads over an existing adapter without reading the configuration beside the file.
+    """
+    expected = set()
+    for module_name, layer in model.named_modules():
+        if not isinstance(layer, SponLayer) or adapter_name not in layer.spon_settings:
+            continue
+        for part in (*layer.adapter_layer_names, "spon_threshold", "spon_quantiles", "spon_column_scale"):
+            if adapter_name in getattr(layer, part):
+                expected.add(f"{module_name}.{part}.{adapter_name}")
+        if adapter_name not in layer.spon_threshold:
+            continue
+        sparsity = layer.spon_settings[adapter_name].sparsity
+        found, quantiles = (
+            state_dict[f"{module_name}.{part}.{adapter_name}"] for part in ("spon_threshold", "spon_quantiles")
+        )
+        if not torch.allclose(found, threshold_at(quantiles, sparsity), rtol=1e-4):
+            return (
+                f"{SAFETENSORS_WEIGHTS_NAME}: The threshold of layer '{plain_name(module_name)}' is not that of "
+                f"sparsity {sparsity}, as adapter {adapter_name!r} has it here; load the file under another name, or "
+                "set_sparsity() to what it was saved with first."
+            )
+    unexpected = sorted(key for key in state_dict if ".spon_" in key and key not in expected)
+    if unexpected:
+        return (
+            f"{SAFETENSORS_WEIGHTS_NAME}: The saved adapter has {preview(unexpected)}, for which adapter "
+            f"{adapter_name!r} has no place here: it has other settings (calibrated, anchor_modules, gain, targets). "
+            "Load the file under another name."
+        )
     return None
 
 

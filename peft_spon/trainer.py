@@ -25,10 +25,10 @@ try:
 except ImportError as error:
     raise ImportError("SponTrainer needs TRL and datasets: pip install 'peft_spon[train]'") from error
 
-from .calibration import calibrate, removed_rms
+from .calibration import Removed, calibrate, removed_by_s
 from .config import SponConfig
-from .distillation import SelfDistillation, evaluation_mode, without_dropout
-from .layer import SponLayer, differentiable, spon_layers
+from .distillation import SelfDistillation, without_dropout
+from .layer import SponLayer, differentiable, evaluation_mode, every_token_sparse, spon_layers
 from .lora import active_lora, set_trainable
 from .model import adapter_config, resolve_adapter
 
@@ -40,6 +40,11 @@ COMPARED_BATCHES = 8
 # Training stops when the mean KL of so many steps is twice that before the first step.
 DIVERGENCE_WINDOW = 20
 DIVERGENCE_FACTOR = 2.0
+# The gains' learning rate is for layers of which S removes this share (root mean squares) or more, on average: it
+# falls with the square of a smaller share, as the gain that mends it does. 10 % sparsity removes 0.02, 50 % 0.2.
+FULL_GAIN_SHARE = 0.2
+# `modules_to_save` are weights of the model, not small additions to it.
+MODULES_LEARNING_RATE = 1e-5
 
 
 @dataclass
@@ -52,7 +57,8 @@ class SponTrainingConfig(SFTConfig):
             Peak learning rate of the anchors, relative to the size of what they replace: the root mean square of what
             S removes from their layer, measured before the first step. Layers and models of any scale learn alike.
         gain_learning_rate (`float`, *optional*, defaults to `0.025`):
-            Peak learning rate of the gains, which are relative by nature.
+            Peak learning rate of the gains, which are relative by nature. Smaller by itself at low sparsity, where S
+            removes less than a fifth of what the layers put out: by the square of that share.
         relative_learning_rate (`bool`, *optional*, defaults to `True`):
             `False`: `learning_rate` is in the units of the layer's activations, as in the paper.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -61,8 +67,8 @@ class SponTrainingConfig(SFTConfig):
             Tokens of the training data on which an adapter without thresholds is calibrated before the first step.
         recalibrations (`int`, *optional*, defaults to `4`):
             How often, evenly spread over the training, the thresholds are fitted anew to the activations of the
-            sparse model as it is by then, on an eighth of `calibration_tokens`. What a layer sees changes with the
-            anchors before it.
+            sparse model as it is by then, on the first eighth of `calibration_tokens` of the training data. What a
+            layer sees changes with the anchors before it. `0` keeps the thresholds that `calibrate` has found.
 
     Defaults that differ from TRL's: `bf16` only where there is an accelerator, `ddp_find_unused_parameters=False`
     (every anchor is used in every step; set it to `True` for mixture-of-experts models).
@@ -211,6 +217,13 @@ class SponTrainer(SFTTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = SponTrainingConfig(f"{name.split('/')[-1] or 'model'}-SPON")
+        if not isinstance(args, SponTrainingConfig):
+            raise TypeError(f"args is a {type(args).__name__}; SponTrainer takes a SponTrainingConfig.")
+        if kwargs.get("compute_metrics") is not None:
+            raise ValueError(
+                "compute_metrics needs the logits of all tokens, which are never made here; kl, perplexity and "
+                "top1_agreement are evaluated by themselves, and peft_spon.evaluate() reports more."
+            )
         has_adapter = isinstance(model, nn.Module) and bool(spon_layers(model))
         if peft_config is None and not has_adapter:
             peft_config = SponConfig(task_type="CAUSAL_LM")
@@ -231,8 +244,9 @@ class SponTrainer(SFTTrainer):
             )
         inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self._distillation = SelfDistillation(inner, self.args.temperature)
-        self._anchor_scales: dict[str, float] = {}
+        self._removed: dict[str, Removed] = {}
         self._sums = torch.zeros(5, dtype=torch.float64)
+        self._step_sums = torch.zeros(2, device=self.accelerator.device)
         self._watch = _DivergenceWatch()
         self.add_callback(_TrainingEvents(self))
 
@@ -256,9 +270,10 @@ class SponTrainer(SFTTrainer):
     def _prepare_adapter(self) -> None:
         """Thresholds where they are missing, and the scale of the learning rates."""
         config = adapter_config(self.model, self.adapter_name)
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        is_whole = not is_sharded or not any(p.is_meta or p.numel() == 0 for p in self.model.parameters())
         if self._has_thresholds() and not config.calibrated:
-            is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            if is_sharded and any(p.is_meta or p.numel() == 0 for p in self.model.parameters()):
+            if not is_whole:
                 raise ValueError(
                     "The adapter has no thresholds yet, and this process does not hold the whole model to find them; "
                     "calibrate(model, data) in one process, save the adapter, and train that."
@@ -267,10 +282,16 @@ class SponTrainer(SFTTrainer):
             bar = None if not self.args.disable_tqdm else False
             calibrate(self.model, max_tokens=self.args.calibration_tokens, progress=bar, **self._calibration_data())
         if self.args.relative_learning_rate:
-            self._anchor_scales = removed_rms(self.model, **self._calibration_data())
+            if not is_whole:
+                raise ValueError(
+                    "relative_learning_rate=True measures what S removes from each layer, and this process does not "
+                    "hold the whole model; set it to False and give learning_rate in the units of the activations."
+                )
+            self._removed = removed_by_s(self.model, **self._calibration_data())
 
     def _recalibrate(self) -> None:
         tokens = max(1, self.args.calibration_tokens // 8)
+        logger.info(f"fitting the thresholds anew to the sparse model, on {tokens} tokens of the training data")
         calibrate(self.model, refit=True, max_tokens=tokens, progress=False, **self._calibration_data())
 
     def _has_thresholds(self) -> bool:
@@ -318,9 +339,10 @@ class SponTrainer(SFTTrainer):
             logger.info(f"KL to the dense model on {text} data: {before:.4f} before, {after:.4f} after training")
 
     @torch.no_grad()
-    def _mean_kl(self) -> float:
-        """Mean KL per token over the first batches of the held-out data, or of the training data without any."""
-        data = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
+    def _mean_kl(self, data: Any = None) -> float:
+        """Mean KL per token over the first batches of some data; default: held out, or to train on without any."""
+        if data is None:
+            data = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
         loader = self.get_eval_dataloader(next(iter(data.values())) if isinstance(data, dict) else data)
         sums = torch.zeros(5, dtype=torch.float64)
         with evaluation_mode(self.model_wrapped):
@@ -338,19 +360,24 @@ class SponTrainer(SFTTrainer):
             model = self.model if model is None else model
             groups = []
             for name, layer in spon_layers(model).items():
-                for parameter in layer.spon_anchor.values():
-                    scale = self._anchor_scales.get(name, 1.0)
-                    groups.append({"params": [parameter], "lr": self.args.learning_rate * scale})
+                rate = self.args.learning_rate * (self._removed[name].rms if name in self._removed else 1.0)
+                groups += [{"params": [parameter], "lr": rate} for parameter in layer.spon_anchor.values()]
             gains = [gain for layer in spon_layers(model).values() for gain in layer.spon_gain.values()]
-            groups.append({"params": gains, "lr": self.args.gain_learning_rate})
+            groups.append({"params": gains, "lr": self.args.gain_learning_rate * self._gain_scale()})
             ours = {parameter for group in groups for parameter in group["params"]}
-            groups.append({"params": [p for p in model.parameters() if p not in ours]})
+            groups.append({"params": [p for p in model.parameters() if p not in ours], "lr": MODULES_LEARNING_RATE})
             for group in groups:
                 group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
                 group["weight_decay"] = self.args.weight_decay
-            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = cls([group for group in groups if group["params"]], **kwargs)
         return self.optimizer
+
+    def _gain_scale(self) -> float:
+        if not self._removed:
+            return 1.0
+        share = sum(removed.share for removed in self._removed.values()) / len(self._removed)
+        return min(1.0, share / FULL_GAIN_SHARE) ** 2
 
     def compute_loss(
         self,
@@ -383,13 +410,20 @@ class SponTrainer(SFTTrainer):
         """Tokens, KL, student's and teacher's NLL, agreement per row of the batch, shape (rows, 5); and per token."""
         labels = inputs["labels"]
         forward_inputs = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
-        with self._distillation:
+        with self._distillation, every_token_sparse(self.model):
             outputs = model(**forward_inputs, distill_labels=labels)
         kl = outputs["kl"].detach()
         columns = [torch.ones_like(kl), kl, outputs["student_nll"], outputs["teacher_nll"], outputs["agree"]]
         values = torch.stack([column.float() for column in columns], dim=1)
         row = (labels[:, 1:] != -100).nonzero()[:, 0].to(values.device)
         return values.new_zeros(labels.shape[0], 5).index_add_(0, row, values), outputs
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
+        """The loss of a batch, for `evaluate` and `predict`; there are no logits to give back."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
 
     def _gather_rows(self, rows: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Sums over the rows of all processes, rows that only fill up the last batch left out."""
@@ -399,10 +433,13 @@ class SponTrainer(SFTTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        tokens, kl = self.accelerator.reduce(self._last[:2].to(self.accelerator.device)).tolist()
-        problem = self._watch.look_at(kl / max(tokens, 1), self._trained_parameters())
-        if problem:
-            self._stop(problem)
+        self._step_sums = self._step_sums + self._last[:2].to(self.accelerator.device)
+        if self.accelerator.sync_gradients:  # the last of the accumulated batches
+            tokens, kl = self.accelerator.reduce(self._step_sums).tolist()
+            self._step_sums = torch.zeros(2, device=self.accelerator.device)
+            problem = self._watch.look_at(kl / max(tokens, 1), self._trained_parameters())
+            if problem:
+                self._stop(problem)
         return loss
 
     def _stop(self, problem: str) -> None:
@@ -530,7 +567,8 @@ class _TrainingEvents(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         logged = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
         self.trainer._total_train_tokens = logged[-1] if logged else 0
-        self.trainer._watch.start = self.trainer._mean_kl()
+        # Of the data that is trained on, so that it is compared with the like.
+        self.trainer._watch.start = self.trainer._mean_kl(self.trainer.train_dataset)
 
     def on_step_end(self, args, state, control, **kwargs):
         count = args.recalibrations if self.trainer._has_thresholds() else 0

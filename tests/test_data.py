@@ -37,6 +37,23 @@ def test_texts_are_joined_cut_and_nothing_is_lost(data):
     assert joined(out) == STREAM
 
 
+def test_texts_open_as_the_tokenizer_opens_them():
+    class Opening(Words):
+        bos_token_id = 99
+
+        def __call__(self, text, add_special_tokens=True, **kwargs):
+            return {"input_ids": [99] * add_special_tokens + super().__call__(text)["input_ids"]}
+
+    assert joined(iter_batches(["1 2", "3"], Opening(), batch_size=1, max_length=4)) == [99, 1, 2, 0, 99, 3, 0]
+
+
+def test_padding_of_tokenised_rows_is_left_out():
+    rows = Dataset.from_dict(
+        {"input_ids": [[1, 2, 0, 0], [0, 3, 4, 5]], "attention_mask": [[1, 1, 0, 0], [0, 1, 1, 1]]}
+    )
+    assert joined(iter_batches(rows, batch_size=1, max_length=5)) == [1, 2, 3, 4, 5]
+
+
 def test_tokenised_rows_and_ready_batches():
     rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6, 7]]})
     assert joined(iter_batches(rows, batch_size=1, max_length=4)) == [1, 2, 3, 4, 5, 6, 7]

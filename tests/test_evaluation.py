@@ -109,10 +109,47 @@ def test_padding_and_labels_are_respected(llama):
     ids = data(rows=2, count=1)[0]
     mask = torch.ones_like(ids)
     mask[1, 10:] = 0
-    assert evaluate(model, [{"input_ids": ids, "attention_mask": mask}]).tokens == 15 + 9
+    padded = evaluate(model, [{"input_ids": ids, "attention_mask": mask}])
+    assert padded.tokens == 15 + 9
+    left = torch.stack([ids[0], ids[1].roll(6)])
+    mask_left = torch.stack([mask[0], mask[1].roll(6)])
+    from_left = evaluate(model, [{"input_ids": left, "attention_mask": mask_left}])
+    assert from_left.tokens == 15 + 9, "no token is predicted from padding"
+    alone = evaluate(model, [{"input_ids": ids[:1]}, {"input_ids": ids[1:, :10]}])
+    for found in (padded, from_left):
+        assert found.sparse.perplexity == pytest.approx(alone.sparse.perplexity, rel=1e-4)
+        assert found.sparse.sparsity == pytest.approx(alone.sparse.sparsity, abs=1e-9), "padding is not counted"
     labels = ids.clone()
     labels[:, :8] = -100
     assert evaluate(model, [{"input_ids": ids, "labels": labels}]).tokens == 2 * 8
+
+
+def test_disabled_adapters_are_not_evaluated_as_sparse_ones(llama):
+    model = get_peft_model(llama, SponConfig())
+    with model.disable_adapter():
+        for call in (evaluate, lambda *args: calibrate(*args, on_sparse=True)):
+            with pytest.raises(ValueError, match="adapters are disabled"):
+                call(model, data())
+
+
+def test_modules_keep_their_own_modes(llama):
+    model = get_peft_model(llama, SponConfig()).train()
+    model.base_model.model.model.layers[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    calibrate(model, data(), progress=False)
+    evaluate(model, data(), progress=False)
+    assert modes == {name: module.training for name, module in model.named_modules()}
+
+
+def test_modules_to_save_are_not_part_of_the_dense_model(llama):
+    plain = MODELS["llama"]().eval()
+    model = get_peft_model(llama, SponConfig(modules_to_save=["lm_head"])).eval()
+    model.base_model.model.lm_head.modules_to_save["default"].weight.data.mul_(3)
+    ids = data()[0]
+    with torch.no_grad(), dense_mode(model):
+        assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    with torch.no_grad():
+        assert not torch.allclose(model(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
 def test_encoder_decoder_and_models_without_a_head():

@@ -144,3 +144,48 @@ def test_model_without_blocks_needs_named_targets():
     with pytest.raises(ValueError, match=r"Sequential has no list of transformer blocks.*target_modules=\['0', '1'\]"):
         get_peft_model(net, SponConfig())
     assert type(net[0]) is torch.nn.Linear
+
+
+def test_loading_over_an_adapter_with_other_settings_is_refused_and_loses_nothing(saved):
+    for change in ({}, {"gain": False}, {"sparsity": 0.2}):
+        model = get_peft_model(MODELS["llama"](), SponConfig(**{"init_weights": False, **change})).eval()
+        if change == {"sparsity": 0.2}:
+            calibrate(model, [inputs("llama", rows=4, tokens=16)])
+        before = logits(model, "llama")
+        with pytest.raises(ValueError, match="has no place here|is not that of sparsity 0.2"):
+            model.load_adapter(str(saved), "default")
+        assert torch.equal(logits(model, "llama"), before)
+    model.set_sparsity(0.5)
+    model.load_adapter(str(saved), "default")
+    loaded = PeftModel.from_pretrained(MODELS["llama"](), saved).eval()
+    assert torch.equal(logits(model, "llama"), logits(loaded, "llama"))
+
+
+def test_a_saved_adapters_config_alone_does_not_zero_everything(saved):
+    model = get_peft_model(MODELS["llama"](), SponConfig.from_pretrained(saved))
+    with pytest.raises(ValueError, match="said to be calibrated but has no thresholds"):
+        logits(model, "llama")
+
+
+def test_one_config_object_serves_several_models_and_adapters(tmp_path):
+    config = SponConfig(init_weights=False)
+    first = get_peft_model(MODELS["llama"](), config)
+    calibrate(first, [inputs("llama", rows=4, tokens=16)])
+    assert not config.calibrated
+    assert config.target_modules is None
+    assert logits(get_peft_model(MODELS["llama"](), config).eval(), "llama").isfinite().all()
+    first.add_adapter("b", config)
+    first.base_model.set_sparsity(0.2, adapter_name="b")
+    assert first.peft_config["default"].sparsity == 0.5
+    first.eval().save_pretrained(tmp_path)
+    wanted = logits(first, "llama")
+    assert torch.equal(logits(PeftModel.from_pretrained(MODELS["llama"](), tmp_path).eval(), "llama"), wanted)
+    PeftModel.from_pretrained(MODELS["llama"](), tmp_path / "b")
+
+
+def test_modules_to_save_as_a_set(tmp_path):
+    model = get_peft_model(MODELS["llama"](), SponConfig(modules_to_save={"lm_head", "norm", "embed_tokens"}))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(
+        logits(PeftModel.from_pretrained(MODELS["llama"](), tmp_path).eval(), "llama"), logits(model.eval(), "llama")
+    )

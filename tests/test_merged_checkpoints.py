@@ -2,18 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A merged model saved and loaded by transformers: the same bits, and the dense base for who has no peft_spon."""
 
-import builtins
 import copy
-import itertools
 import json
-import os
 import pickle
-import signal
 import subprocess
 import sys
 
 import pytest
-import safetensors.torch
 import torch
 import transformers as tf
 from models import GENERATE, MODELS, SMALL, SPECIAL, VOCAB, build, inputs, logits
@@ -218,61 +213,6 @@ def test_merged_config_object_and_copies_are_of_plain_classes():
     for other in (copy.deepcopy(merged), pickle.loads(pickle.dumps(merged))):
         assert torch.equal(logits(other, "llama"), logits(merged, "llama"))
         assert other.save_pretrained.args[0] is other, "a copy saves itself, not its original"
-
-
-def killed_at(count, action):
-    """Run an action in a forked process that is killed at its count-th file operation; True if it got to the end."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    calls = itertools.count(1)
-
-    def counted(plain):
-        def call(*args, **kwargs):
-            if next(calls) == count:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return plain(*args, **kwargs)
-
-        return call
-
-    for name in ("replace", "unlink", "mkdir", "open"):
-        setattr(os, name, counted(getattr(os, name)))
-    builtins.open = counted(open)
-    safetensors.torch.serialize_file = counted(safetensors.torch.serialize_file)
-    action()
-    os._exit(0)
-
-
-@pytest.mark.parametrize("before", ["nothing", "dense", "merged"])
-def test_killed_while_saving(before, tmp_path):
-    """At every file operation in turn: the folder loads as what it was, as the new model, or not at all."""
-    old = {"nothing": None, "dense": MODELS["llama"](), "merged": merged_model(sparsity=0.3)}[before]
-    model = merged_model(sparsity=0.7)
-    outcomes = []
-    for count in range(1, 200):
-        folder = tmp_path / str(count)
-        allowed = {"new": logits(model, "llama")}
-        if old is not None:
-            old.save_pretrained(folder, max_shard_size="30KB")
-            allowed["old"] = logits(old, "llama")
-        finished = killed_at(count, lambda folder=folder: model.save_pretrained(folder, max_shard_size="40KB"))
-        try:
-            found = logits(tf.AutoModelForCausalLM.from_pretrained(folder), "llama")
-        except (OSError, ValueError):
-            outcomes.append("refused")
-        else:
-            same = [name for name, wanted in allowed.items() if torch.equal(found, wanted)]
-            assert same, "it loads as something else"
-            outcomes += same
-        if finished:
-            break
-    assert finished
-    assert outcomes[-1] == "new"
-    assert len(outcomes) > 8
-    assert outcomes == sorted(outcomes, key=["old", "refused", "new"].index), "old, then nothing, then new"
-    # What a killed run left aside goes with the next save.
-    model.save_pretrained(tmp_path / "5")
-    assert not list((tmp_path / "5").glob(".spon-*"))
 
 
 def test_unknown_newer_fields_are_dropped_with_one_warning_and_newer_versions_refused(tmp_path, caplog):

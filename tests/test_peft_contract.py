@@ -4,6 +4,7 @@
 
 import copy
 import json
+import math
 import os
 
 import peft
@@ -197,9 +198,21 @@ def test_adapter_names_with_beam_search(family):
 def test_generate(family, prefill):
     model = calibrated(family, prefill=prefill)
     ids = inputs(family)["input_ids"]
+    name, layer = list(spon_layers(model).items())[-1]  # in the decoder, where there is an encoder
+    seen = []
+    handle = layer.get_base_layer().register_forward_pre_hook(lambda module, args: seen.append(args[0] == 0))
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    handle.remove()
     assert out.shape[0] == ids.shape[0]
     assert out.max() < VOCAB
+    tokens = ids.shape[1]
+    first, *steps = [zeros.view(ids.shape[0], -1, layer.in_features).float().mean(dim=(0, 2)) for zeros in seen]
+    assert len(steps) == 3
+    assert all(share > 0.2 for step in steps for share in step), f"decoding is sparse in {name}"
+    if family != "t5" and len(first) == tokens and family != "opt":
+        dense = {"sparse": 0, "dense": tokens, 0.5: math.ceil(tokens / 2)}[prefill]
+        assert (first[:dense] < 0.1).all()
+        assert (first[dense:] > 0.2).all()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -306,7 +319,7 @@ def test_saved_config_states_everything_that_changes_numbers(tmp_path):
 
 def test_compiled_model(llama):
     model = calibrated("llama")
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(logits(compiled, "llama"), logits(model, "llama"))
 
 

@@ -18,9 +18,10 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
+from trl import SFTConfig
 
 from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, dense_mode
-from peft_spon.calibration import removed_rms
+from peft_spon.calibration import removed_by_s
 from peft_spon.distillation import without_dropout
 from peft_spon.layer import spon_layers
 from peft_spon.losses import forward_kl
@@ -42,7 +43,7 @@ def texts(count=48, seed=0):
     return Dataset.from_dict({"text": [" ".join(f"w{i}" for i in row) for row in rows]})
 
 
-def make(tmp_path, tokenizer, model=None, peft_config=None, data=None, **kwargs):
+def make(tmp_path, tokenizer, model=None, peft_config=None, data=None, eval_data=None, **kwargs):
     args = SponTrainingConfig(
         output_dir=str(tmp_path),
         **{
@@ -64,7 +65,7 @@ def make(tmp_path, tokenizer, model=None, peft_config=None, data=None, **kwargs)
         args,
         peft_config=peft_config,
         train_dataset=data or texts(),
-        eval_dataset=texts(8, seed=1),
+        eval_dataset=eval_data or texts(8, seed=1),
         processing_class=tokenizer,
     )
 
@@ -105,7 +106,13 @@ def test_loss_and_metrics_are_the_token_mean_of_the_kl(tmp_path, tokenizer):
     torch.testing.assert_close(loss, wanted)
     trainer.evaluate()
     logged = trainer.state.log_history[-1]
-    assert logged["eval_kl"] == pytest.approx(logged["eval_loss"], rel=0.2)
+    sums = [
+        trainer.compute_loss(model, dict(batch), return_outputs=True)[1]["kl"]
+        for batch in trainer.get_eval_dataloader()
+    ]
+    assert logged["eval_loss"] == pytest.approx(torch.cat(sums).mean().item(), rel=1e-5)
+    predicted = trainer.predict(trainer.eval_dataset)
+    assert predicted.metrics["test_loss"] == pytest.approx(logged["eval_loss"], rel=1e-6)
     assert 0 <= logged["eval_top1_agreement"] <= 1
 
 
@@ -178,9 +185,15 @@ def test_resume_gives_the_anchors_of_an_uninterrupted_run(tmp_path, tokenizer):
 
 
 def test_prefill_dense_trains_as_if_decoding(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer, peft_config=SponConfig(prefill="dense"))
-    trainer.train()
-    assert all(layer.spon_anchor["default"].abs().sum() > 0 for layer in spon_layers(trainer.model).values())
+    kinds = {}
+    for prefill in ("dense", "sparse"):
+        config = SponConfig(prefill=prefill, sparsity=0.6)
+        trainer = make(tmp_path, tokenizer, peft_config=config, max_steps=24)
+        output = trainer.train()
+        assert output.metrics["kl_before"] > output.metrics["kl_after"] > 0
+        kinds[prefill] = [layer.spon_anchor["default"] for layer in spon_layers(trainer.model).values()]
+    for dense, sparse in zip(kinds["dense"], kinds["sparse"], strict=True):
+        assert torch.equal(dense, sparse)
 
 
 def test_defaults_work_without_an_accelerator(tmp_path, tokenizer):
@@ -192,12 +205,12 @@ def test_defaults_work_without_an_accelerator(tmp_path, tokenizer):
 def test_learning_rates_are_relative_to_what_s_removes(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, learning_rate=0.3, gain_learning_rate=0.07, logging_steps=1)
     trainer.train()
-    scales = removed_rms(trainer.model, trainer.train_dataset, batch_size=4, max_length=16)
+    removed = removed_by_s(trainer.model, trainer.train_dataset, batch_size=4, max_length=16)
     groups = {id(p): group for group in trainer.optimizer.param_groups for p in group["params"]}
     for name, layer in spon_layers(trainer.model).items():
         rate = groups[id(layer.spon_anchor["default"])]["initial_lr"]
-        assert rate == pytest.approx(0.3 * trainer._anchor_scales[name])
-        assert trainer._anchor_scales[name] == pytest.approx(scales[name], rel=0.5), "trained since, but not far"
+        assert rate == pytest.approx(0.3 * trainer._removed[name].rms)
+        assert trainer._removed[name].rms == pytest.approx(removed[name].rms, rel=0.5), "trained since, but not far"
         assert groups[id(layer.spon_gain["default"])]["initial_lr"] == 0.07
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert rates == pytest.approx([0.3, 0.225, 0.15, 0.075])
@@ -209,16 +222,18 @@ def test_what_s_removes_is_measured_by_the_definition():
     ids = torch.randint(3, VOCAB, (2, 8))
     seen = []
     handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    found = removed_rms(model, [{"input_ids": ids}])
+    found = removed_by_s(model, [{"input_ids": ids}])
     handle.remove()
     removed = layer.base_layer(seen[0] - layer.sparsify(seen[0], "default"))
-    assert found[name] == pytest.approx(removed.square().mean().sqrt().item(), rel=1e-5)
+    rms, whole = (value.square().mean().sqrt().item() for value in (removed, layer.base_layer(seen[0])))
+    assert found[name].rms == pytest.approx(rms, rel=1e-5)
+    assert found[name].share == pytest.approx(rms / whole, rel=1e-5)
     assert set(found) == set(spon_layers(model))
     big = MODELS["llama"]()
     big.model.layers[0].self_attn.q_proj.weight.data *= 8
-    assert removed_rms(get_peft_model(big, SponConfig()), [{"input_ids": ids}])[name] == pytest.approx(
-        8 * found[name], rel=1e-4
-    )
+    bigger = removed_by_s(get_peft_model(big, SponConfig()), [{"input_ids": ids}])[name]
+    assert bigger.rms == pytest.approx(8 * found[name].rms, rel=1e-4)
+    assert bigger.share == pytest.approx(found[name].share, rel=1e-4)
 
 
 def test_thresholds_are_refitted_to_the_sparse_model_during_training(tmp_path, tokenizer):
@@ -255,6 +270,58 @@ def test_nan_stops_training_and_the_last_good_anchors_are_saved(tmp_path, tokeni
     loaded = PeftModel.from_pretrained(MODELS["llama"](), tmp_path / "last-good").eval()
     assert logits(loaded, "llama").isfinite().all()
     assert torch.equal(logits(loaded, "llama"), logits(trainer.model.eval(), "llama"))
+
+
+def test_divergence_is_judged_on_the_data_that_is_trained_on_once_a_step(tmp_path, tokenizer):
+    easy = Dataset.from_dict({"text": ["w5 w5 w5 w5 w5 w5"] * 8})
+    trainer = make(tmp_path, tokenizer, eval_data=easy, max_steps=5, gradient_accumulation_steps=3, recalibrations=0)
+    trainer.train()
+    assert trainer._watch.steps == 5
+    with torch.no_grad():
+        assert trainer._watch.start == pytest.approx(trainer._mean_kl(trainer.train_dataset), rel=0.05)
+
+
+def test_gains_move_little_where_s_removes_little(tmp_path, tokenizer):
+    shares = {}
+    for sparsity in (0.1, 0.8):
+        trainer = make(tmp_path, tokenizer, peft_config=SponConfig(sparsity=sparsity), max_steps=1)
+        trainer.train()
+        shares[sparsity] = sum(r.share for r in trainer._removed.values()) / len(trainer._removed)
+        rates = {id(p): group["initial_lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+        layer = next(iter(spon_layers(trainer.model).values()))
+        scale = min(1.0, shares[sparsity] / 0.2) ** 2
+        assert rates[id(layer.spon_gain["default"])] == pytest.approx(0.025 * scale)
+    assert shares[0.1] < 0.1 < 0.2 < shares[0.8]
+
+
+def test_arguments_that_cannot_work_say_so(tmp_path, tokenizer):
+    with pytest.raises(TypeError, match="takes a SponTrainingConfig"):
+        SponTrainer(MODELS["llama"](), SFTConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=texts())
+    with pytest.raises(ValueError, match="logits of all tokens"):
+        SponTrainer(
+            MODELS["llama"](), SponTrainingConfig(str(tmp_path), use_cpu=True), compute_metrics=lambda prediction: {}
+        )
+
+
+def test_the_logits_of_a_batch_never_exist(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer)
+    seen = []
+    head = trainer.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    trainer.train()
+    assert seen
+    assert set(seen) == {1}, "tokens that went through the head at once, calibration included"
+
+
+def test_modules_to_save_and_other_optimizers(tmp_path, tokenizer):
+    model = get_peft_model(MODELS["llama"](), SponConfig(modules_to_save=["lm_head"]))
+    trainer = make(tmp_path, tokenizer, model)
+    trainer.create_optimizer()
+    (group,) = [group for group in trainer.optimizer.param_groups if group["params"][0].ndim == 2]
+    assert group["lr"] == 1e-5
+    trainer = make(tmp_path, tokenizer)
+    trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": 1.0})
+    assert isinstance(trainer.create_optimizer(), torch.optim.SGD)
 
 
 def test_divergence_stops_training_with_the_best_anchors(tmp_path, tokenizer):

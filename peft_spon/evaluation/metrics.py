@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..data import Batch, iter_batches, to_device
-from ..layer import SponLayer, dense_mode, every_token_sparse, spon_layers, without_anchors
+from ..data import Batch, iter_batches, padding_masks, to_device, without_padding
+from ..layer import SponLayer, dense_mode, evaluation_mode, every_token_sparse, spon_layers, without_anchors
 from ..model import resolve_adapter
 
 
@@ -118,6 +118,7 @@ class _ZeroCounter:
         self.layers, self.adapter_name = layers, adapter_name
         self.dropped = dict.fromkeys(layers, 0)
         self.seen = dict.fromkeys(layers, 0)
+        self.masks: list[torch.Tensor] = []
 
     def __enter__(self):
         self.handles = [
@@ -132,11 +133,12 @@ class _ZeroCounter:
 
     def observe(self, name: str, layer: SponLayer, x: torch.Tensor) -> None:
         first = layer.first_sparse_token(x, self.adapter_name)
-        sparse = x[..., first:, :] if first else x
-        self.seen[name] += x.numel()
-        if sparse.numel():
-            kept = layer.keep_mask(sparse, self.adapter_name).sum(dtype=torch.float64)
-            self.dropped[name] += sparse.numel() - int(kept)
+        kept = torch.ones_like(x)
+        if first < x.shape[-2]:
+            kept[..., first:, :] = layer.keep_mask(x[..., first:, :], self.adapter_name)
+        kept = without_padding(kept, self.masks)
+        self.seen[name] += kept.numel()
+        self.dropped[name] += kept.numel() - int(kept.sum(dtype=torch.float64))
 
     def by_layer(self) -> dict[str, float]:
         return {name: self.dropped[name] / max(self.seen[name], 1) for name in self.layers}
@@ -192,33 +194,30 @@ def evaluate(
     batches = iter_batches(
         data, tokenizer, batch_size=batch_size, max_length=max_length, max_tokens=max_tokens, text_column=text_column
     )
-    was_training = model.training
-    model.eval()
-    try:
-        with tqdm(desc="evaluating", unit=" tokens", disable=None if progress is None else not progress) as bar:
-            for batch in batches:
-                inputs = to_device(batch, model)
-                labels, shift = _labels(model, inputs)
-                with dense_mode(model):
-                    dense = model(**inputs).logits
-                for mode, total in sums.items():
-                    if mode == "dense":
-                        logits = dense
-                    else:
-                        with ExitStack() as stack:
-                            stack.enter_context(zeros[mode])
-                            if every_token:
-                                stack.enter_context(every_token_sparse(model))
-                            if mode == "sparse":
-                                stack.enter_context(without_anchors(model))
-                            logits = model(**inputs).logits
-                    for row, row_dense, row_labels in zip(logits, dense, labels, strict=True):
-                        counted = row_labels != -100
-                        stop = len(row) - shift
-                        total.add(row[:stop][counted], row_dense[:stop][counted], row_labels[counted])
-                bar.update(batch["input_ids"].numel())
-    finally:
-        model.train(was_training)
+    bar = tqdm(desc="evaluating", unit=" tokens", disable=None if progress is None else not progress)
+    with evaluation_mode(model), bar:
+        for batch in batches:
+            inputs = to_device(batch, model)
+            labels, shift = _labels(model, inputs)
+            with dense_mode(model):
+                dense = model(**inputs).logits
+            for mode, total in sums.items():
+                if mode == "dense":
+                    logits = dense
+                else:
+                    with ExitStack() as stack:
+                        zeros[mode].masks = padding_masks(inputs)
+                        stack.enter_context(zeros[mode])
+                        if every_token:
+                            stack.enter_context(every_token_sparse(model))
+                        if mode == "sparse":
+                            stack.enter_context(without_anchors(model))
+                        logits = model(**inputs).logits
+                for row, row_dense, row_labels in zip(logits, dense, labels, strict=True):
+                    counted = row_labels != -100
+                    stop = len(row) - shift
+                    total.add(row[:stop][counted], row_dense[:stop][counted], row_labels[counted])
+            bar.update(batch["input_ids"].numel())
     if sums["dense"].tokens == 0:
         raise ValueError("The data has no token to predict: every label is -100 or every text has one token.")
     first = next(iter(layers.values())).spon_settings[name].prefill
@@ -248,5 +247,6 @@ def _labels(model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, int]:
         )
     labels = inputs.get("labels", inputs["input_ids"])[:, 1:].clone()
     if "attention_mask" in inputs:
-        labels[inputs["attention_mask"][:, 1:] == 0] = -100
+        is_token = inputs["attention_mask"].bool()
+        labels[~(is_token[:, 1:] & is_token[:, :-1])] = -100  # neither padding, nor predicted from padding
     return labels, 1
