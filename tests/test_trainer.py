@@ -274,11 +274,12 @@ def test_nan_stops_training_and_the_last_good_anchors_are_saved(tmp_path, tokeni
 
 def test_divergence_is_judged_on_the_data_that_is_trained_on_once_a_step(tmp_path, tokenizer):
     easy = Dataset.from_dict({"text": ["w5 w5 w5 w5 w5 w5"] * 8})
-    trainer = make(tmp_path, tokenizer, eval_data=easy, max_steps=5, gradient_accumulation_steps=3, recalibrations=0)
+    rates = {"learning_rate": 1e-9, "gain_learning_rate": 1e-9, "recalibrations": 0}
+    trainer = make(tmp_path, tokenizer, eval_data=easy, max_steps=5, gradient_accumulation_steps=3, **rates)
     trainer.train()
     assert trainer._watch.steps == 5
-    with torch.no_grad():
-        assert trainer._watch.start == pytest.approx(trainer._mean_kl(trainer.train_dataset), rel=0.05)
+    assert trainer._watch.start == pytest.approx(trainer._mean_kl(trainer.train_dataset), rel=1e-3)
+    assert trainer._watch.start != pytest.approx(trainer._mean_kl(), rel=0.1)
 
 
 def test_gains_move_little_where_s_removes_little(tmp_path, tokenizer):
