@@ -279,7 +279,7 @@ def test_divergence_is_judged_on_the_data_that_is_trained_on_once_a_step(tmp_pat
     trainer.train()
     assert trainer._watch.steps == 5
     assert trainer._watch.start == pytest.approx(trainer._mean_kl(trainer.train_dataset), rel=1e-3)
-    assert trainer._watch.start != pytest.approx(trainer._mean_kl(), rel=0.1)
+    assert trainer._watch.start != pytest.approx(trainer._mean_kl(), rel=0.02)
 
 
 def test_gains_move_little_where_s_removes_little(tmp_path, tokenizer):
