@@ -16,6 +16,7 @@ was stopped goes on where it was.
 """
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -48,6 +49,7 @@ class Study:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
+        self.made: dict[tuple, torch.nn.Module] = {}
         self.tokenizer = load_tokenizer(args.model)
         train, held_out = task_texts(args)
         self.task = blocks(train, self.tokenizer)
@@ -83,6 +85,38 @@ class Study:
             "sparsity": found.sparsity,
         }
 
+    # ---- stages that several recipes share: trained once, handed out as copies -------------------------------------
+
+    def once(self, name: str, *key, make):
+        if (name, *key) not in self.made:
+            self.made[name, *key] = make()
+        return copy.deepcopy(self.made[name, *key])
+
+    def lora_on_dense(self, seed: int):
+        def make():
+            lora = get_peft_model(self.base(), lora_config(self.args.rank))
+            self.fine_tune(lora, seed)
+            return lora
+
+        return self.once("lora", seed, make=make)
+
+    def repaired(self, sparsity: float, seed: int):
+        def make():
+            model = self.spon(self.base(), sparsity)
+            self.distil(model, self.general, seed)
+            return model
+
+        return self.once("spon", sparsity, seed, make=make)
+
+    def repaired_then_tuned(self, sparsity: float, seed: int):
+        def make():
+            model = add_lora(self.repaired(sparsity, seed), lora_config(self.args.rank))
+            self.calibrate(model, self.task)
+            self.fine_tune(model, seed)
+            return model
+
+        return self.once("tuned", sparsity, seed, make=make)
+
 
 # ---- the recipes: each gives a model with SPON ---------------------------------------------------------------------
 
@@ -96,27 +130,21 @@ def untrained(study: Study, sparsity: float, seed: int):
 
 def lora_dense(study: Study, sparsity: float, seed: int):
     """LoRA trained on the dense model, then made sparse."""
-    lora = get_peft_model(study.base(), lora_config(study.args.rank))
-    study.fine_tune(lora, seed)
-    model = study.spon(lora, sparsity, anchors=False)
+    model = study.spon(study.lora_on_dense(seed), sparsity, anchors=False)
     study.calibrate(model, study.task)
     return model
 
 
 def lora_dense_anchors(study: Study, sparsity: float, seed: int):
     """LoRA trained on the dense model, made sparse, anchors distilled on the task (examples/lora_then_spon.py)."""
-    lora = get_peft_model(study.base(), lora_config(study.args.rank))
-    study.fine_tune(lora, seed)
-    model = study.spon(lora, sparsity)
+    model = study.spon(study.lora_on_dense(seed), sparsity)
     study.distil(model, study.task, seed)
     return model
 
 
 def lora_sparse(study: Study, sparsity: float, seed: int):
     """Made sparse, LoRA trained on the sparse model; no anchors."""
-    model = study.spon(study.base(), sparsity, anchors=False)
-    study.calibrate(model, study.general)
-    add_lora(model, lora_config(study.args.rank))
+    model = add_lora(study.spon(study.base(), sparsity, anchors=False), lora_config(study.args.rank))
     study.calibrate(model, study.task)
     study.fine_tune(model, seed)
     return model
@@ -124,27 +152,20 @@ def lora_sparse(study: Study, sparsity: float, seed: int):
 
 def anchors_lora_sparse(study: Study, sparsity: float, seed: int):
     """Anchors distilled on general text, then LoRA trained on the sparse model (examples/spon_then_lora.py)."""
-    model = study.spon(study.base(), sparsity)
-    study.distil(model, study.general, seed)
-    add_lora(model, lora_config(study.args.rank))
-    study.calibrate(model, study.task)
-    study.fine_tune(model, seed)
-    return model
+    return study.repaired_then_tuned(sparsity, seed)
 
 
 def both(study: Study, sparsity: float, seed: int):
     """The same, but anchors and gains are fine-tuned together with the LoRA, on the task's own loss."""
-    model = study.spon(study.base(), sparsity)
-    study.distil(model, study.general, seed)
-    add_lora(model, lora_config(study.args.rank), trainable="both")
+    model = add_lora(study.repaired(sparsity, seed), lora_config(study.args.rank), trainable="both")
     study.calibrate(model, study.task)
     study.fine_tune(model, seed)
     return model
 
 
 def distil_tune_distil(study: Study, sparsity: float, seed: int):
-    """The same as the one before, then anchors distilled again on the task, teacher the dense model with its LoRA."""
-    model = anchors_lora_sparse(study, sparsity, seed)
+    """Anchors, LoRA trained sparse, then anchors again on the task, teacher the dense model with that LoRA."""
+    model = study.repaired_then_tuned(sparsity, seed)
     study.distil(model, study.task, seed)
     return model
 
