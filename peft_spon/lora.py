@@ -139,6 +139,11 @@ def check_lora(config: PeftConfig, name: str) -> None:
             f"The LoRA adapter {name!r} has bias={config.bias!r}, but the biases belong to the base model, and SPON "
             "merges into them; use bias='none'."
         )
+    if config.trainable_token_indices:
+        raise ValueError(
+            f"The LoRA adapter {name!r} has trainable_token_indices, which PEFT 0.21 cannot save beside an adapter "
+            "without them; use modules_to_save=['embed_tokens'] for new tokens."
+        )
 
 
 def free_name(taken: dict[str, Any]) -> str:

@@ -192,6 +192,7 @@ def test_copies_and_pickles_still_work(route):
         ),
         (lambda: add_lora(spon_then_lora(), lora_config()), "an adapter 'task' already"),
         (lambda: add_lora(spon_then_lora(), lora_config(bias="all"), "two"), "bias='none'"),
+        (lambda: add_lora(spon_then_lora(), lora_config(trainable_token_indices=[3]), "two"), "modules_to_save="),
         (lambda: add_lora(spon_then_lora(), IA3Config(), "two"), "SPON combines with LoRA only"),
         (lambda: add_lora(spon_then_lora(), lora_config(target_modules=["nothing"]), "two"), "not found"),
         (lambda: add_lora(spon_then_lora(), lora_config(), "two", trainable="all"), "trainable is 'all'"),

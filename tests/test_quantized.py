@@ -7,10 +7,10 @@ import tokenizers
 import torch
 import transformers as tf
 from models import SPECIAL, VOCAB, build
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
-from peft_spon import SponConfig, calibrate
-from peft_spon.layer import spon_layers, through_weight
+from peft_spon import SponConfig, add_lora, calibrate, load_with_lora, without_lora
+from peft_spon.layer import differentiable, spon_layers, through_weight
 from peft_spon.sparse_linear import SparseMixin
 
 
@@ -138,6 +138,23 @@ def test_calibrate_save_load_and_merge(quantized, space, tmp_path):
     with pytest.raises(ValueError, match=r"quantised.*Keep the adapter"):
         merged.save_pretrained(tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_lora_beneath_on_a_quantised_base(quantized, tmp_path):
+    load, tolerance = quantized
+    model = add_lora(adapted(load), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    with differentiable(model):
+        model.train()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert grads
+    assert all("lora_" in name and grad.isfinite().all() and grad.abs().max() > 0 for name, grad in grads.items())
+    wanted = logits(model)
+    model.save_pretrained(tmp_path / "both")
+    again = logits(load_with_lora(load(), tmp_path / "both"))
+    assert ((again - wanted).norm() / wanted.norm()).item() < tolerance
+    with without_lora(model):
+        assert not torch.allclose(logits(model), wanted)
 
 
 def test_gains_are_not_folded_into_quantised_weights(quantized):
