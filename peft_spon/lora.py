@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import HfApi
+from packaging.version import Version
 from peft import LoraConfig, LoraModel, PeftConfig, PeftModel, PeftType, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype, delete_adapter, set_requires_grad
@@ -27,11 +29,13 @@ from torch import nn
 
 from .cards import lora_card
 from .config import SponConfig, SponPeftType
-from .layer import attribute, spon_layers
+from .layer import SponLayer, attribute, spon_layers
 from .sparse_linear import SparseMixin
 
 
 LORA_NAME = "task"
+# Before that, Trainer restores only the adapters that a checkpoint has in subfolders; SponTrainer restores all.
+RESUMES_ALL = Version("5.23.0.dev0")
 TRAINABLE = ("lora", "anchors", "both")
 
 
@@ -175,7 +179,7 @@ def set_auxiliary(model: nn.Module, names: list[str]) -> None:
     set_auxiliary_adapter(model, names)
     choice = next((layer.trainable_choice for layer in spon_layers(model).values()), None)
     if choice is not None and active_lora(model):
-        set_trainable(model, choice)
+        apply_trainable(model, choice)
 
 
 # ---- LoRA beneath a SPON model -----------------------------------------------------------------------------------
@@ -275,6 +279,17 @@ def set_trainable(model: nn.Module, what: str) -> None:
     Raises:
         `ValueError`: an unknown choice, or a model without SPON or without LoRA.
     """
+    layers = apply_trainable(model, what)
+    if what != "lora" and "default" in layers[0].active_adapters and Version(transformers.__version__) < RESUMES_ALL:
+        warnings.warn(
+            f"transformers {transformers.__version__} resumes a checkpoint of a SPON adapter named 'default' beside a "
+            "LoRA without its anchors. Upgrade to 5.23, or name it: get_peft_model(base, config, 'anchors').",
+            stacklevel=2,
+        )
+
+
+def apply_trainable(model: nn.Module, what: str) -> list[SponLayer]:
+    """`set_trainable` without its warning; gives the SPON layers."""
     check_trainable(what)
     layers = list(spon_layers(model).values())
     lora = active_lora(model)
@@ -287,6 +302,7 @@ def set_trainable(model: nn.Module, what: str) -> None:
     set_requires_grad(model, lora, what in ("lora", "both"))
     for layer in layers:
         layer.trainable_choice = what
+    return layers
 
 
 @contextmanager

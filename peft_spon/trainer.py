@@ -29,7 +29,7 @@ from .calibration import Removed, calibrate, removed_by_s
 from .config import SponConfig
 from .distillation import SelfDistillation, without_dropout
 from .layer import SponLayer, differentiable, evaluation_mode, every_token_sparse, spon_layers
-from .lora import active_lora, set_trainable
+from .lora import active_lora, apply_trainable
 from .model import adapter_config, resolve_adapter
 
 
@@ -234,7 +234,7 @@ class SponTrainer(SFTTrainer):
             logger.info(
                 "Only the anchors are trained, the LoRA beneath them is frozen (set_trainable changes it back)"
             )
-            set_trainable(self.model, "anchors")
+            apply_trainable(self.model, "anchors")
         for layer in spon_layers(self.model).values():
             _keep_fp32(layer)
         if not self._trained_parameters():
@@ -266,6 +266,14 @@ class SponTrainer(SFTTrainer):
         output = super().train(*args, **kwargs)
         self._compare_with(start, output.metrics)
         return output
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        inner = self.model if model is None else model
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if isinstance(inner, PeftModel) and active_lora(inner) and self.adapter_name == "default" and not is_sharded:
+            # Older versions of transformers restore what is in subfolders only: the LoRA.
+            inner.load_adapter(resume_from_checkpoint, self.adapter_name, is_trainable=True)
 
     def _prepare_adapter(self) -> None:
         """Thresholds where they are missing, and the scale of the learning rates."""
