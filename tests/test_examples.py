@@ -1,0 +1,54 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The example scripts run, with a few steps; the quickstart's short form is run by CI itself."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(folder, script, *arguments):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_lora_then_spon(tmp_path):
+    out = run(tmp_path, "lora_then_spon.py", "--steps", "2", "--lora-steps", "2")
+    assert "loaded back: equal logits" in out
+    assert float(re.search(r"LlamaForCausalLM, logits within (\S+)", out)[1]) < 0.05
+    assert (tmp_path / "out/lora_then_spon/task/adapter_model.safetensors").exists()
+
+
+def test_spon_then_lora(tmp_path):
+    out = run(tmp_path, "spon_then_lora.py", "--steps", "2", "--lora-steps", "2", "--trainable", "both")
+    rows = re.findall(
+        r"^(SPON|fine-tuned sparse \(both\)|anchors distilled again\D*) +dense (\S+) +sparse (\S+)", out, re.M
+    )
+    assert len(rows) == 3
+    assert all(float(dense) < float(sparse) for _, dense, sparse in rows)
+    assert float(re.search(r"loaded by transformers: logits within (\S+)", out)[1]) < 0.05
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_distill(tmp_path, streaming):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "train.txt").write_text("def add(a, b):\n    return a + b\n" * 400)
+    data = ["--dataset_name", str(texts), "--dataset_streaming", str(streaming).lower()]
+    steps = ["--max_steps", "2", "--calibration_tokens", "2048", "--output_dir", str(tmp_path / "out")]
+    model = ["--model_name_or_path", str(EXAMPLES / "tiny_llama")]
+    config = ["--config", str(EXAMPLES / "configs/tiny_llama.yaml")]
+    out = run(tmp_path, "distill.py", *config, *model, *data, *steps)
+    assert "KL to the dense model:" in out
+    assert (tmp_path / "out/adapter_model.safetensors").exists()
+    assert "PeftModel.from_pretrained" in (tmp_path / "out/README.md").read_text()
