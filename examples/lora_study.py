@@ -16,7 +16,6 @@ was stopped goes on where it was.
 """
 
 import argparse
-import copy
 import json
 import math
 import time
@@ -35,10 +34,10 @@ from lora_task import (
     train_anchors,
     train_lora,
 )
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
-from peft_spon import SponConfig, add_lora, calibrate, evaluate
+from peft_spon import SponConfig, add_lora, calibrate, evaluate, load_with_lora
 
 
 CALIBRATION_TOKENS = 65536
@@ -49,7 +48,6 @@ class Study:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.made: dict[tuple, torch.nn.Module] = {}
         self.tokenizer = load_tokenizer(args.model)
         train, held_out = task_texts(args)
         self.task = blocks(train, self.tokenizer)
@@ -85,12 +83,14 @@ class Study:
             "sparsity": found.sparsity,
         }
 
-    # ---- stages that several recipes share: trained once, handed out as copies -------------------------------------
+    # ---- stages that several recipes share: trained once, saved, loaded anew ---------------------------------------
 
-    def once(self, name: str, *key, make):
-        if (name, *key) not in self.made:
-            self.made[name, *key] = make()
-        return copy.deepcopy(self.made[name, *key])
+    def once(self, name: str, make) -> Path:
+        """The folder of a stage's adapters."""
+        folder = self.args.out.parent / "lora_study" / f"{self.args.steps}-{self.args.lora_steps}-{name}"
+        if not (folder / "adapter_config.json").exists():
+            make().save_pretrained(folder)
+        return folder
 
     def lora_on_dense(self, seed: int):
         def make():
@@ -98,7 +98,7 @@ class Study:
             self.fine_tune(lora, seed)
             return lora
 
-        return self.once("lora", seed, make=make)
+        return PeftModel.from_pretrained(self.base(), self.once(f"lora-{seed}", make))
 
     def repaired(self, sparsity: float, seed: int):
         def make():
@@ -106,7 +106,8 @@ class Study:
             self.distil(model, self.general, seed)
             return model
 
-        return self.once("spon", sparsity, seed, make=make)
+        folder = self.once(f"spon-{sparsity}-{seed}", make)
+        return PeftModel.from_pretrained(self.base(), folder, is_trainable=True)
 
     def repaired_then_tuned(self, sparsity: float, seed: int):
         def make():
@@ -115,7 +116,7 @@ class Study:
             self.fine_tune(model, seed)
             return model
 
-        return self.once("tuned", sparsity, seed, make=make)
+        return load_with_lora(self.base(), self.once(f"tuned-{sparsity}-{seed}", make), trainable="anchors")
 
 
 # ---- the recipes: each gives a model with SPON ---------------------------------------------------------------------
