@@ -8,6 +8,7 @@ tests look at what these wrote down and at what the Hub then holds.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -137,8 +138,8 @@ def test_refused_pushes_say_why(world, kind):
     for repo in ("user/llama-spon", "user/private-spon", "user/new"):
         anonymous, other = (pushed["errors"][f"{who} pushes {kind} to {repo}"] for who in ("anonymous", "other"))
         assert chain(anonymous)[0] == chain(other)[0] == "HfHubHTTPError"
-        assert "401 Unauthorized" in anonymous["message"]
-        assert "403 Forbidden" in other["message"]
+        assert re.search("401.*Unauthorized", anonymous["message"])
+        assert re.search("403.*Forbidden", other["message"])
     assert "user/new" not in hub.repos
     assert len(hub.repos["user/llama-spon"].commits) == 4, "the first, and three pushes"
 
@@ -170,7 +171,7 @@ def test_missing_revisions(world, kind):
 
 def test_a_repository_without_adapter(world):
     error = world[2]["errors"]["no adapter"]
-    assert "RemoteEntryNotFoundError" in chain(error)
+    assert {"RemoteEntryNotFoundError", "EntryNotFoundError"} & set(chain(error)), "by the version of the client"
     assert "Can't find 'adapter_config.json' at 'user/merged': 404" in error["message"]
 
 

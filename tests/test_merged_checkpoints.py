@@ -130,6 +130,7 @@ def test_after_loading_it_is_an_ordinary_model(tmp_path):
     assert logits(half.float(), "llama").dtype == torch.float32
     lora = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     lora.gradient_checkpointing_enable()
+    lora.enable_input_require_grads()
     lora.train()
     batch = inputs("llama")
     lora(**batch, labels=batch["input_ids"]).loss.backward()
