@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from models import MODELS
 
 
@@ -18,6 +19,14 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_precision_of_another_test():
+    """Older versions of transformers and accelerate keep a test's bf16 in the process and its environment."""
+    yield
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture(params=sorted(MODELS))
