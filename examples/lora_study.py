@@ -37,7 +37,7 @@ from lora_task import (
 from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
-from peft_spon import SponConfig, add_lora, calibrate, evaluate, load_with_lora
+from peft_spon import SponConfig, add_lora, calibrate, evaluate, load_with_lora, set_trainable
 
 
 CALIBRATION_TOKENS = 65536
@@ -70,8 +70,8 @@ class Study:
     def distil(self, model, data, seed):
         train_anchors(model, self.tokenizer, data, self.args.steps, seed)
 
-    def fine_tune(self, model, seed):
-        train_lora(model, self.tokenizer, self.task, self.args.lora_steps, seed, self.args.rate)
+    def fine_tune(self, model, seed, share: float = 1.0):
+        train_lora(model, self.tokenizer, self.task, int(self.args.lora_steps * share), seed, self.args.rate)
 
     def loss(self, model) -> dict[str, float]:
         """Task loss in nats per token: of the model as it is, and of the dense model with its LoRA."""
@@ -99,6 +99,18 @@ class Study:
             return lora
 
         return PeftModel.from_pretrained(self.base(), self.once(f"lora-{seed}", make))
+
+    def lora_dense_then_anchors(self, sparsity: float, seed: int):
+        """LoRA trained on the dense model for half of its steps, then anchors distilled on the task."""
+
+        def make():
+            lora = get_peft_model(self.base(), lora_config(self.args.rank))
+            self.fine_tune(lora, seed, 0.5)
+            model = self.spon(lora, sparsity)
+            self.distil(model, self.task, seed)
+            return model
+
+        return load_with_lora(self.base(), self.once(f"halfway-{sparsity}-{seed}", make))
 
     def repaired(self, sparsity: float, seed: int):
         def make():
@@ -171,6 +183,22 @@ def distil_tune_distil(study: Study, sparsity: float, seed: int):
     return model
 
 
+def half_and_half(study: Study, sparsity: float, seed: int):
+    """LoRA trained dense, anchors on the task, LoRA trained sparse: half of the LoRA's steps before and after."""
+    model = study.lora_dense_then_anchors(sparsity, seed)
+    set_trainable(model, "lora")
+    study.fine_tune(model, seed + 1, 0.5)
+    return model
+
+
+def half_and_half_together(study: Study, sparsity: float, seed: int):
+    """The same, but in the second half anchors and gains are trained with the LoRA."""
+    model = study.lora_dense_then_anchors(sparsity, seed)
+    set_trainable(model, "both")
+    study.fine_tune(model, seed + 1, 0.5)
+    return model
+
+
 RECIPES = {
     "no LoRA, no anchors": untrained,
     "LoRA trained dense, no anchors": lora_dense,
@@ -179,6 +207,8 @@ RECIPES = {
     "anchors, then LoRA trained sparse": anchors_lora_sparse,
     "anchors, then LoRA and anchors together": both,
     "anchors, LoRA trained sparse, anchors again": distil_tune_distil,
+    "LoRA half trained dense, anchors, LoRA trained on sparse": half_and_half,
+    "LoRA half trained dense, anchors, both trained on sparse": half_and_half_together,
 }
 
 
@@ -210,6 +240,7 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="NAME")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate of the LoRA")
     parser.add_argument("--eval-tokens", type=int, default=32768)
     parser.add_argument("--out", type=Path, default=Path("out/lora_study.jsonl"))
@@ -221,7 +252,7 @@ def main() -> None:
     task = args.task.name if args.task else "reference manual"
     for seed in args.seeds:
         for sparsity in args.sparsity:
-            for recipe, make in RECIPES.items():
+            for recipe in args.recipes:
                 key = {
                     "task": task,
                     "recipe": recipe,
@@ -234,7 +265,11 @@ def main() -> None:
                 if found is None:
                     set_seed(seed)
                     begun = time.time()
-                    found = {**key, **study.loss(make(study, sparsity, seed)), "seconds": round(time.time() - begun)}
+                    found = {
+                        **key,
+                        **study.loss(RECIPES[recipe](study, sparsity, seed)),
+                        "seconds": round(time.time() - begun),
+                    }
                     with args.out.open("a") as file:
                         file.write(json.dumps(found) + "\n")
                     print(json.dumps(found), flush=True)
