@@ -42,8 +42,8 @@ BLOCK = 256
 VARIANTS = {
     "default": ({}, {}),
     "no gain": ({"gain": False}, {}),
-    "no recalibration": ({}, {"recalibrations": 0}),
-    "no gain, no recalibration": ({"gain": False}, {"recalibrations": 0}),
+    "4 recalibrations": ({}, {"recalibrations": 4}),
+    "no gain, 4 recalibrations": ({"gain": False}, {"recalibrations": 4}),
     "input-side anchors": ({"anchor_space": "input"}, {}),
     "magnitude": ({"criterion": "magnitude"}, {}),
     "relative": ({"criterion": "relative"}, {}),

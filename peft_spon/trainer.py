@@ -65,10 +65,10 @@ class SponTrainingConfig(SFTConfig):
             Divides the logits of teacher and student in the KL divergence.
         calibration_tokens (`int`, *optional*, defaults to `65536`):
             Tokens of the training data on which an adapter without thresholds is calibrated before the first step.
-        recalibrations (`int`, *optional*, defaults to `4`):
+        recalibrations (`int`, *optional*, defaults to `0`):
             How often, evenly spread over the training, the thresholds are fitted anew to the activations of the
             sparse model as it is by then, on the first eighth of `calibration_tokens` of the training data. What a
-            layer sees changes with the anchors before it. `0` keeps the thresholds that `calibrate` has found.
+            layer sees changes with the anchors before it, so this keeps the realised sparsity near the wanted one.
 
     Defaults that differ from TRL's: `bf16` only where there is an accelerator, `ddp_find_unused_parameters=False`
     (every anchor is used in every step; set it to `True` for mixture-of-experts models).
@@ -97,7 +97,7 @@ class SponTrainingConfig(SFTConfig):
         },
     )
     recalibrations: int = field(
-        default=4,
+        default=0,
         metadata={
             "help": "How often, evenly spread over the training, the thresholds are fitted anew to the activations of "
             "the sparse model."
@@ -129,7 +129,7 @@ class SponTrainingConfig(SFTConfig):
     def published(cls, output_dir: str, **kwargs: Any) -> "SponTrainingConfig":
         """
         The published recipe (SPON, arXiv 2512.12744), as two independent replications have it: AdamW without decay at
-        1e-5, 8 blocks of 128 tokens, 10 epochs, no recalibration. For [`SponConfig.published`].
+        1e-5, 8 blocks of 128 tokens, 10 epochs. For [`SponConfig.published`].
 
         Args:
             output_dir (`str`): where checkpoints go.
@@ -138,7 +138,6 @@ class SponTrainingConfig(SFTConfig):
         recipe = {
             "learning_rate": 1e-5,
             "relative_learning_rate": False,
-            "recalibrations": 0,
             "max_length": 128,
             "per_device_train_batch_size": 8,
             "num_train_epochs": 10,
