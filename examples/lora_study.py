@@ -6,13 +6,13 @@
 # ///
 """LoRA and SPON together: which order of training gives the best sparse model for a task? The table of docs/lora.md.
 
-    python examples/lora_study.py                                  # Python's reference manual, about 40 minutes
+    python examples/lora_study.py                                  # Python's reference manual; an hour on one core
     python examples/lora_study.py --task FILE --separator '<|endoftext|>'
 
-Every LoRA sees the same number of tokens of the task, and so do the anchors that are distilled on it (those of the
-two-stage recipes on the base's own kind of text, before there is a task). Held-out text of the task, S active on
-every token and in all linear layers of the transformer blocks. Results are added to a file as they come; a study that
-was stopped goes on where it was.
+The table says how many steps of 4 x 256 tokens each row was trained: a LoRA on the dense or on the sparse model
+(300), anchors by distillation (150, on the task, or on the base's own kind of text before there is a task), both
+together on the task's own loss. Held-out text of the task, S active on every token and in all linear layers of the
+transformer blocks. Results are added to a file as they come; a study that was stopped goes on where it was.
 """
 
 import argparse
@@ -70,8 +70,8 @@ class Study:
     def distil(self, model, data, seed):
         train_anchors(model, self.tokenizer, data, self.args.steps, seed)
 
-    def fine_tune(self, model, seed, share: float = 1.0):
-        train_lora(model, self.tokenizer, self.task, int(self.args.lora_steps * share), seed, self.args.rate)
+    def fine_tune(self, model, seed, steps: int | None = None):
+        train_lora(model, self.tokenizer, self.task, steps or self.args.lora_steps, seed, self.args.rate)
 
     def loss(self, model) -> dict[str, float]:
         """Task loss in nats per token: of the model as it is, and of the dense model with its LoRA."""
@@ -99,18 +99,6 @@ class Study:
             return lora
 
         return PeftModel.from_pretrained(self.base(), self.once(f"lora-{seed}", make))
-
-    def lora_dense_then_anchors(self, sparsity: float, seed: int):
-        """LoRA trained on the dense model for half of its steps, then anchors distilled on the task."""
-
-        def make():
-            lora = get_peft_model(self.base(), lora_config(self.args.rank))
-            self.fine_tune(lora, seed, 0.5)
-            model = self.spon(lora, sparsity)
-            self.distil(model, self.task, seed)
-            return model
-
-        return load_with_lora(self.base(), self.once(f"halfway-{sparsity}-{seed}", make))
 
     def repaired(self, sparsity: float, seed: int):
         def make():
@@ -183,39 +171,38 @@ def distil_tune_distil(study: Study, sparsity: float, seed: int):
     return model
 
 
-def half_and_half(study: Study, sparsity: float, seed: int):
-    """LoRA trained dense, anchors on the task, LoRA trained sparse: half of the LoRA's steps before and after."""
-    model = study.lora_dense_then_anchors(sparsity, seed)
-    set_trainable(model, "lora")
-    study.fine_tune(model, seed + 1, 0.5)
+def lora_dense_sparse(study: Study, sparsity: float, seed: int, anchors: bool = False):
+    """LoRA trained on the dense model, made sparse, LoRA trained on; no anchors."""
+    model = study.spon(study.lora_on_dense(seed), sparsity, anchors)
+    study.calibrate(model, study.task)
+    set_trainable(model, "both" if anchors else "lora")
+    study.fine_tune(model, seed + 1, study.args.steps)
     return model
 
 
-def half_and_half_together(study: Study, sparsity: float, seed: int):
-    """The same, but in the second half anchors and gains are trained with the LoRA."""
-    model = study.lora_dense_then_anchors(sparsity, seed)
-    set_trainable(model, "both")
-    study.fine_tune(model, seed + 1, 0.5)
-    return model
+def lora_dense_both(study: Study, sparsity: float, seed: int):
+    """The same, but anchors and gains are trained with the LoRA, on the task's own loss."""
+    return lora_dense_sparse(study, sparsity, seed, anchors=True)
 
 
+# Name: (recipe, its training; {a}: steps of the anchors, {l}: of the LoRA).
 RECIPES = {
-    "no LoRA, no anchors": untrained,
-    "LoRA trained dense, no anchors": lora_dense,
-    "LoRA trained dense, then anchors": lora_dense_anchors,
-    "LoRA trained sparse, no anchors": lora_sparse,
-    "anchors, then LoRA trained sparse": anchors_lora_sparse,
-    "anchors, then LoRA and anchors together": both,
-    "anchors, LoRA trained sparse, anchors again": distil_tune_distil,
-    "LoRA half trained dense, anchors, LoRA trained on sparse": half_and_half,
-    "LoRA half trained dense, anchors, both trained on sparse": half_and_half_together,
+    "no LoRA, no anchors": (untrained, "none"),
+    "LoRA trained dense, no anchors": (lora_dense, "{l} dense"),
+    "LoRA trained dense, then anchors": (lora_dense_anchors, "{l} dense, {a} anchors"),
+    "LoRA trained sparse, no anchors": (lora_sparse, "{l} sparse"),
+    "anchors, then LoRA trained sparse": (anchors_lora_sparse, "{a} anchors, {l} sparse"),
+    "anchors, then LoRA and anchors together": (both, "{a} anchors, {l} both sparse"),
+    "anchors, LoRA trained sparse, anchors again": (distil_tune_distil, "{a} anchors, {l} sparse, {a} anchors"),
+    "LoRA trained dense, then sparse, no anchors": (lora_dense_sparse, "{l} dense, {a} sparse"),
+    "LoRA trained dense, then LoRA and anchors together": (lora_dense_both, "{l} dense, {a} both sparse"),
 }
 
 
-def table(results: list[dict], sparsities: list[float]) -> str:
+def table(results: list[dict], args: argparse.Namespace) -> str:
     """Markdown: one line per recipe; means of the task loss over seeds, half their range, and perplexity."""
-    lines = ["| model | " + " | ".join(f"{s:.0%}: loss (perplexity)" for s in sparsities) + " |"]
-    lines.append("|---" * (len(sparsities) + 1) + "|")
+    lines = ["| model | steps | " + " | ".join(f"{s:.0%}: loss (perplexity)" for s in args.sparsity) + " |"]
+    lines.append("|---" * (len(args.sparsity) + 2) + "|")
 
     def cell(recipe: str, sparsity: float, key: str) -> str:
         found = [r[key] for r in results if r["recipe"] == recipe and r["sparsity_wanted"] == sparsity]
@@ -231,7 +218,9 @@ def table(results: list[dict], sparsities: list[float]) -> str:
     ]
     rows += [(f"sparse: {recipe}", recipe, "loss") for recipe in RECIPES]
     for label, recipe, key in rows:
-        lines.append(f"| {label} | " + " | ".join(cell(recipe, s, key) for s in sparsities) + " |")
+        steps = RECIPES[recipe][1].format(a=args.steps, l=args.lora_steps)
+        cells = [label, steps, *(cell(recipe, s, key) for s in args.sparsity)]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -267,7 +256,7 @@ def main() -> None:
                     begun = time.time()
                     found = {
                         **key,
-                        **study.loss(RECIPES[recipe](study, sparsity, seed)),
+                        **study.loss(RECIPES[recipe][0](study, sparsity, seed)),
                         "seconds": round(time.time() - begun),
                     }
                     with args.out.open("a") as file:
@@ -275,7 +264,7 @@ def main() -> None:
                     print(json.dumps(found), flush=True)
                 results.append(found)
     print(f"\n{Path(args.model).name}, task: {task}\n")
-    print(table(results, args.sparsity))
+    print(table(results, args))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@
     python examples/lora_then_spon.py --model HuggingFaceTB/SmolLM2-135M --task my_texts.txt
 
 Fine-tunes a LoRA on the dense model, puts SPON over it, distils anchors (teacher: the dense model with the LoRA, so
-that what it has learned is kept), saves both adapters, loads them back, merges, and checks that all give the same.
+that what it has learned is kept), fine-tunes LoRA and anchors together on the sparse model (`--both-steps 0`: not),
+saves both adapters, loads them back, merges, and checks that all give the same.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from lora_task import (
 from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
-from peft_spon import SponConfig, calibrate, evaluate, load_with_lora
+from peft_spon import SponConfig, calibrate, evaluate, load_with_lora, set_trainable
 
 
 def main() -> None:
@@ -41,6 +42,7 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--lora", help="folder or Hub id of a LoRA for the model, instead of training one")
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--both-steps", type=int, default=150, help="steps for LoRA and anchors together")
     parser.add_argument("--out", type=Path, default=Path("out/lora_then_spon"))
     args = parser.parse_args()
     quiet()
@@ -63,23 +65,30 @@ def main() -> None:
     result = evaluate(model, test)
     print(f"\nPerplexity on held-out text of the task, LoRA everywhere, {args.sparsity:.0%} of all inputs zeroed:")
     print(result)
+    dense, repaired = math.log(result.dense.perplexity), math.log(result.anchored.perplexity)
+    print(f"Task loss in nats per token: dense {dense:.3f}, sparse with anchors {repaired:.3f}.")
 
-    # 3. Two folders: out/ loads as a SPON adapter, out/task as a LoRA, each alone or both together.
+    # 3. The task's own loss, on the sparse model: LoRA and anchors learn together.
+    if args.both_steps:
+        set_trainable(model, "both")
+        train_lora(model, tokenizer, train, args.both_steps, seed=1)
+        tuned = math.log(evaluate(model, test).anchored.perplexity)
+        print(f"LoRA and anchors fine-tuned together on the sparse model: {tuned:.3f}.")
+
+    # 4. Two folders: out/ loads as a SPON adapter, out/task as a LoRA, each alone or both together.
     model.save_pretrained(args.out)
     again = load_with_lora(load_base(args.model), args.out).eval()
     ids = test[0]["input_ids"]
     with torch.no_grad():
         wanted = model.eval()(ids).logits
         same = torch.equal(again(ids).logits, wanted)
-        # 4. For serving: LoRA into W, anchors into b, S stays active.
+        # 5. For serving: LoRA into W, anchors into b, S stays active.
         merged = again.merge_and_unload()
         # Merging rounds differently, and an input entry at a threshold may fall on its other side.
         difference = ((merged(ids).logits - wanted).norm() / wanted.norm()).item()
     merged.save_pretrained(args.out / "merged")
     print(f"\nsaved in {args.out}; loaded back: {'equal' if same else 'DIFFERENT'} logits")
     print(f"merged in {args.out / 'merged'}: {type(merged).__name__}, logits within {difference:.0e} (relative norm)")
-    loss = math.log(result.anchored.perplexity)
-    print(f"Task loss: dense {math.log(result.dense.perplexity):.3f}, sparse {loss:.3f} nats per token.")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ def run(folder, script, *arguments):
 
 
 def test_lora_then_spon(tmp_path):
-    out = run(tmp_path, "lora_then_spon.py", "--steps", "2", "--lora-steps", "2")
+    out = run(tmp_path, "lora_then_spon.py", "--steps", "2", "--lora-steps", "2", "--both-steps", "2")
+    distilled, together = (float(x) for x in re.findall(r"sparse(?: with anchors| model:) (\d+\.\d+)\.$", out, re.M))
+    assert together < distilled  # two steps of the task's own loss
     assert "loaded back: equal logits" in out
     assert float(re.search(r"LlamaForCausalLM, logits within (\S+)", out)[1]) < 0.05
     assert (tmp_path / "out/lora_then_spon/task/adapter_model.safetensors").exists()
