@@ -12,9 +12,10 @@ from .calibration import CalibrationResult, calibrate
 from .config import SponConfig
 from .criteria import CRITERIA, Criterion
 from .evaluation import EvaluationResult, evaluate
-from .layer import SponLayer, SponLinear, dense_mode, every_token_sparse, without_anchors
+from .layer import SponLayer, SponLinear
 from .lora import add_lora, load_with_lora, save_lora, set_trainable, without_lora
 from .model import SponModel, set_sparsity
+from .modes import dense_mode, every_token_sparse, without_anchors
 from .register import register
 
 

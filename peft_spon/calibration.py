@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from .criteria import entries_kept
 from .data import Batch, iter_batches, padding_masks, to_device, without_padding
-from .layer import QUANTILE_POINTS, SponLayer, dense_mode, evaluation_mode, every_token_sparse, spon_layers
+from .layer import QUANTILE_POINTS, SponLayer, spon_layers
 from .model import adapter_config, resolve_adapter
+from .modes import dense_mode, evaluation_mode, every_token_sparse
 
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.dropout import _DropoutNd
 from transformers.utils import logging
 
-from .layer import dense_mode, evaluation_mode
 from .losses import OutputHead, compare_hidden, compare_logits
+from .modes import dense_mode, evaluation_mode
 
 
 logger = logging.get_logger(__name__)

@@ -3,30 +3,25 @@
 """The SPON layer: y = W (S(x) + anchor) + b around any linear layer (SPON, arXiv 2512.12744, section 3)."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.integrations import dequantize_module_weight
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .config import SponConfig
-from .criteria import Criterion
 from .sparse_linear import (
     LayerSettings,
-    SparseMixin,
     add_from,
     dense_before,
     first_sparse_token,
     keep_mask,
     make_sparse,
 )
+from .weights import column_norms, has_plain_weight, linear_sizes, through_weight
 
 
 # Points of the stored quantile table of a layer's scores: neighbours are 1/256 = 0.39 points of sparsity apart.
@@ -446,61 +441,6 @@ def plain_name(name: str) -> str:
     return name.replace("_orig_mod.", "").removeprefix("base_model.model.")
 
 
-@contextmanager
-def layer_flag(model: nn.Module, flag: str, value: bool) -> Iterator[None]:
-    """Set a switch of all SPON layers of a model inside a `with` block, restore it after."""
-    with attribute(list(spon_layers(model).values()), flag, value):
-        yield
-
-
-@contextmanager
-def attribute(modules: list[nn.Module], name: str, value: Any) -> Iterator[None]:
-    """Set an attribute of some modules inside a `with` block, restore it after."""
-    before = [getattr(module, name) for module in modules]
-    try:
-        for module in modules:
-            setattr(module, name, value)
-        yield
-    finally:
-        for module, old in zip(modules, before, strict=True):
-            setattr(module, name, old)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`with evaluation_mode(model):` dropout off, every module's own mode restored after."""
-    with attribute([module for module in model.modules() if module.training], "training", False):
-        yield
-
-
-@contextmanager
-def dense_mode(model: nn.Module) -> Iterator[None]:
-    """`with dense_mode(model):` SPON off, so the model is its own dense teacher; other adapters stay as they are.
-
-    SPON's `modules_to_save` are off, too. Unlike PEFT's `disable_adapter()` it touches no `requires_grad`, so it is
-    safe between forward and backward.
-    """
-    layers = list(spon_layers(model).values())
-    names = {name for layer in layers for name in layer.spon_settings}
-    wrappers = [
-        module
-        for module in model.modules()
-        if isinstance(module, AuxiliaryTrainingWrapper) and names & set(module.active_adapters)
-    ]
-    with attribute([*layers, *wrappers], "_disable_adapters", True):
-        yield
-
-
-def without_anchors(model: nn.Module):
-    """`with without_anchors(model):` plain sparsity, W S(x) + b, without anchors and gains."""
-    return layer_flag(model, "_anchors_enabled", False)
-
-
-def every_token_sparse(model: nn.Module):
-    """`with every_token_sparse(model):` S active on every token, whatever `prefill` says."""
-    return layer_flag(model, "_every_token", True)
-
-
 def initial_vector(width: int, zeros: bool) -> torch.Tensor:
     """fp32 vector of zeros, or of small random numbers."""
     return torch.zeros(width) if zeros else torch.randn(width) * 0.1
@@ -511,119 +451,3 @@ def threshold_at(quantiles: torch.Tensor, sparsity: float) -> torch.Tensor:
     position = sparsity * (len(quantiles) - 1)
     low = min(int(position), len(quantiles) - 2)
     return torch.lerp(quantiles[low], quantiles[low + 1], position - low).reshape(1)
-
-
-def linear_sizes(layer: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear layer, also where another tuner or a quantiser wraps it.
-
-    Raises:
-        `TypeError`: the sizes cannot be told.
-    """
-    core = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-    if isinstance(core, SparseMixin):
-        raise TypeError(
-            "The layer is a merged SPON layer already, and S of S(x) is another function. Load the base model and add "
-            "the adapters to that."
-        )
-    if isinstance(core, (nn.Embedding, nn.modules.conv._ConvNd)):
-        sizes = (None, None)
-    elif isinstance(core, nn.Module) and {"in_features", "out_features"} <= vars(core).keys():
-        sizes = (core.in_features, core.out_features)
-    else:
-        sizes = _get_in_out_features(core)
-    if sizes[0] is None:
-        raise TypeError(
-            f"SPON sparsifies inputs of linear layers, and {type(core).__name__} is none (no in_features and "
-            "out_features). Name linear layers in target_modules, or leave it out for the default."
-        )
-    return sizes
-
-
-def has_plain_weight(layer: nn.Module) -> bool:
-    """True for nn.Linear and Conv1D with floating-point weights, not for quantised ones and LoRA layers."""
-    if not isinstance(layer, (nn.Linear, Conv1D)):
-        return False
-    return type(layer.weight) is nn.Parameter and layer.weight.is_floating_point()
-
-
-@torch.no_grad()
-def through_weight(layer: nn.Module, vector: torch.Tensor) -> torch.Tensor:
-    """W vector in fp32, shape (out,), for a vector of shape (in,).
-
-    Weights are read where that is possible (bitsandbytes' 8 bit would quantise the vector too); other layers are
-    probed as functions, in the dtype they compute in.
-    """
-    weight = read_weight(layer)
-    return (probe(layer, vector[None]).float()[0]) if weight is None else weight.float() @ vector
-
-
-@torch.no_grad()
-def column_norms(layer: nn.Module, criterion: Criterion, chunk: int = 512) -> torch.Tensor:
-    """fp32 norms, shape (in,), of the columns of the layer's weight, by the criterion's order.
-
-    Weights are read where that is possible; anything else (offloaded, LoRA inside) is probed with unit vectors.
-    """
-    weight = read_weight(layer)
-    if weight is not None:
-        return criterion.norm_of_columns(weight)
-    width, _ = linear_sizes(layer)
-    reference = next(layer.parameters())
-    if reference.is_meta and not hasattr(layer, "_hf_hook"):
-        return torch.full((width,), math.nan)  # no weights yet; loading or a broadcast from rank 0 fills this
-    device = torch.device("cpu") if reference.is_meta else reference.device
-    norms = []
-    for first in range(0, width, chunk):
-        rows = torch.zeros(min(chunk, width - first), width, device=device)
-        rows[:, first:].fill_diagonal_(1)
-        norms.append(criterion.norm_of_columns(probe(layer, rows).T))
-    return torch.cat(norms)
-
-
-def read_weight(layer: nn.Module) -> torch.Tensor | None:
-    """W, shape (out, in), of a plain or quantised (bitsandbytes, torchao) layer; None where it cannot be read."""
-    if not isinstance(layer, (nn.Linear, Conv1D)) or layer.weight.is_meta:
-        return None
-    kind = type(layer.weight).__name__
-    if kind == "Int8Params":  # PEFT's function loses the scales of a layer on the CPU
-        scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
-        return layer.weight.data.float() * (scales.to(layer.weight.device).view(-1, 1) / 127)
-    if kind == "Params4bit" and getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-        # Packed for the CPU by its first forward; bitsandbytes 0.50 mixes up the scales when it undoes that.
-        return None
-    if isinstance(layer, Conv1D):
-        return layer.weight.T
-    return dequantize_module_weight(layer)
-
-
-@contextmanager
-def differentiable(model: nn.Module) -> Iterator[None]:
-    """`with differentiable(model):` bitsandbytes keeps its 4-bit weights in the form that has a backward.
-
-    On CPUs with AVX-512 BF16 its layers pack their weights at the first forward without gradients, for a kernel that
-    then, in training, gives no gradients and no error.
-
-    Raises:
-        `ValueError`: that has happened already.
-    """
-    switch = "support_avx512bf16_for_cpu"
-    layers = [module for module in model.modules() if switch in vars(module)]
-    if any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers):
-        raise ValueError(
-            "The 4-bit weights of this model have been packed for inference on the CPU (by a forward without "
-            "gradients, such as an evaluation), and bitsandbytes cannot train through them; load the base model anew "
-            "and train first."
-        )
-    with attribute(layers, switch, False):
-        yield
-
-
-@torch.no_grad()
-def probe(layer: nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """W rows, shape (n, out), of any layer that maps x to W x + b, in the dtype that it computes in."""
-    dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    was_training = layer.training
-    layer.eval()
-    rows = torch.cat([torch.zeros_like(rows[:1]), rows]).to(dtype)
-    y = layer(rows)
-    layer.train(was_training)
-    return y[1:] - y[0]

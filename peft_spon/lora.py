@@ -29,7 +29,8 @@ from torch import nn
 
 from .cards import lora_card
 from .config import SponConfig, SponPeftType
-from .layer import SponLayer, attribute, spon_layers
+from .layer import SponLayer, spon_layers
+from .modes import attribute
 from .sparse_linear import SparseMixin
 
 

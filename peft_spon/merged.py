@@ -30,8 +30,8 @@ from ._version import __version__
 from .cards import keep_card_on_hub, merged_card, replaceable_card
 from .checksums import fields_checksum, fingerprint, tensors_checksum
 from .config import check_prefill, check_sparsity, check_version, make_criterion
-from .layer import has_plain_weight
 from .sparse_linear import STATE, LayerSettings, SparseMixin, make_sparse
+from .weights import has_plain_weight
 
 
 logger = logging.get_logger(__name__)

@@ -9,19 +9,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, set_adapter
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from .cards import keep_card_on_hub
-from .checksums import tensors_checksum
 from .config import SponConfig, adapter_card_for_hub, check_sparsity
-from .layer import Place, SponLayer, SponLinear, has_plain_weight, linear_sizes, plain_name, spon_layers, threshold_at
+from .layer import Place, SponLayer, SponLinear, spon_layers
+from .loading import find_other_settings, find_problem, own_checksum, preview, remove_adapter
 from .lora import (
     active_lora,
     check_finite,
@@ -33,6 +31,7 @@ from .lora import (
 )
 from .merged import prepare_saving
 from .sparse_linear import fold_scale
+from .weights import has_plain_weight, linear_sizes
 
 
 class SponModel(BaseTuner):
@@ -315,14 +314,6 @@ class SponModel(BaseTuner):
         return remapped
 
 
-def own_checksum(state_dict: dict[str, torch.Tensor]) -> str | None:
-    """Checksum of SPON's tensors in an adapter's state dict; None if a process holds only parts of them."""
-    own = {plain_name(key): value for key, value in state_dict.items() if ".spon_" in key}
-    if any(isinstance(value, DTensor) or value.is_meta for value in own.values()):
-        return None
-    return tensors_checksum(own)
-
-
 def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
     kwargs["adapter_names"] = adapter_names
     return args, kwargs
@@ -458,95 +449,3 @@ def check_matches(what: str, pattern: dict[str, float], names: list[str]) -> Non
     for key in pattern:
         if not any(get_pattern_key([key], name) == key for name in names):
             raise ValueError(f"{what} has {key!r}, which no targeted layer matches; they are {preview(names)}.")
-
-
-def preview(names: list[str]) -> str:
-    """The first few names, for error messages."""
-    return ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
-
-
-def find_problem(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> str | None:
-    """What is wrong with a state dict about to be loaded into an adapter: missing, misshaped, not finite. Or None."""
-    for module_name, layer in model.named_modules():
-        if not isinstance(layer, SponLayer) or adapter_name not in layer.spon_settings:
-            continue
-        for part in (*layer.adapter_layer_names, "spon_threshold", "spon_quantiles", "spon_column_scale"):
-            held = getattr(layer, part)
-            if adapter_name not in held:
-                continue
-            where = f"'{part}' of layer '{plain_name(module_name)}'"
-            key = f"{module_name}.{part}.{adapter_name}"
-            if key not in state_dict:
-                remedy = (
-                    "calibrate() the adapter again and save it"
-                    if part in ("spon_threshold", "spon_quantiles")
-                    else "load the adapter onto the model it was trained for"
-                )
-                return (
-                    f"{SAFETENSORS_WEIGHTS_NAME}: The saved adapter has no {where}: the file is incomplete or of "
-                    f"another model; {remedy}."
-                )
-            found, wanted = tuple(state_dict[key].shape), tuple(held[adapter_name].shape)
-            if found != wanted:
-                return (
-                    f"{SAFETENSORS_WEIGHTS_NAME}: The saved adapter's {where} has shape {found}, the model needs "
-                    f"{wanted}; load it onto the model it was trained for."
-                )
-            if not torch.isfinite(state_dict[key]).all():
-                return (
-                    f"{SAFETENSORS_WEIGHTS_NAME}: The saved adapter's {where} holds NaN or infinity; save it again "
-                    "from a healthy model."
-                )
-    return None
-
-
-def find_other_settings(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> str | None:
-    """Whether tensors, whole as they are, come from an adapter with other settings than the model's has. Or None.
-
-    PEFT loads over an existing adapter without reading the configuration beside the file.
-    """
-    expected = set()
-    for module_name, layer in model.named_modules():
-        if not isinstance(layer, SponLayer) or adapter_name not in layer.spon_settings:
-            continue
-        for part in (*layer.adapter_layer_names, "spon_threshold", "spon_quantiles", "spon_column_scale"):
-            if adapter_name in getattr(layer, part):
-                expected.add(f"{module_name}.{part}.{adapter_name}")
-        if adapter_name not in layer.spon_threshold:
-            continue
-        sparsity = layer.spon_settings[adapter_name].sparsity
-        found, quantiles = (
-            state_dict[f"{module_name}.{part}.{adapter_name}"] for part in ("spon_threshold", "spon_quantiles")
-        )
-        if not torch.allclose(found, threshold_at(quantiles, sparsity), rtol=1e-4):
-            return (
-                f"{SAFETENSORS_WEIGHTS_NAME}: The threshold of layer '{plain_name(module_name)}' is not that of "
-                f"sparsity {sparsity}, as adapter {adapter_name!r} has it here; load the file under another name, or "
-                "set_sparsity() to what it was saved with first."
-            )
-    unexpected = sorted(key for key in state_dict if ".spon_" in key and key not in expected)
-    if unexpected:
-        return (
-            f"{SAFETENSORS_WEIGHTS_NAME}: The saved adapter has {preview(unexpected)}, for which adapter "
-            f"{adapter_name!r} has no place here: it has other settings (calibrated, anchor_modules, gain, targets). "
-            "Load the file under another name."
-        )
-    return None
-
-
-def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out of a model again, and the SPON layers that had only this one: undo of a failed load."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, SponLayer) and adapter_name in layer.spon_settings:
-            if len(layer.spon_settings) > 1:
-                layer.delete_adapter(adapter_name)
-            else:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, layer.base_layer)
-        elif isinstance(layer, AuxiliaryTrainingWrapper) and adapter_name in layer._adapters:
-            layer.delete_adapter(adapter_name, new_active_adapters=None)
-            if not layer._adapters:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, layer.original_module)
-    configs: dict[str, PeftConfig] = model.peft_config
-    configs.pop(adapter_name, None)

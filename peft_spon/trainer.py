@@ -28,9 +28,10 @@ except ImportError as error:
 from .calibration import Removed, calibrate, removed_by_s
 from .config import SponConfig
 from .distillation import SelfDistillation, without_dropout
-from .layer import SponLayer, differentiable, evaluation_mode, every_token_sparse, spon_layers
+from .layer import SponLayer, spon_layers
 from .lora import active_lora, apply_trainable
 from .model import adapter_config, resolve_adapter
+from .modes import differentiable, evaluation_mode, every_token_sparse
 
 
 logger = logging.get_logger(__name__)

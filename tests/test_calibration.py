@@ -15,7 +15,8 @@ from torch import nn
 
 from peft_spon import CRITERIA, SponConfig, calibrate, evaluate
 from peft_spon.calibration import ScoreHistogram, bin_counts
-from peft_spon.layer import dense_mode, spon_layers, threshold_at
+from peft_spon.layer import spon_layers, threshold_at
+from peft_spon.modes import dense_mode
 
 
 THRESHOLD_CRITERIA = sorted(name for name, c in CRITERIA.items() if c.uses_threshold)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_spon import SponConfig, dense_mode, every_token_sparse, without_anchors
 from peft_spon.criteria import CRITERIA
-from peft_spon.layer import column_norms
+from peft_spon.weights import column_norms
 
 
 class Net(nn.Module):

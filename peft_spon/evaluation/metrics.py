@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..data import Batch, iter_batches, padding_masks, to_device, without_padding
-from ..layer import SponLayer, dense_mode, evaluation_mode, every_token_sparse, spon_layers, without_anchors
+from ..layer import SponLayer, spon_layers
 from ..model import resolve_adapter
+from ..modes import dense_mode, evaluation_mode, every_token_sparse, without_anchors
 
 
 @dataclass(frozen=True)
