@@ -3,13 +3,14 @@
 """The SPON layer: y = W (S(x) + anchor) + b around any linear layer (SPON, arXiv 2512.12744, section 3)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import SponConfig
@@ -118,7 +119,7 @@ class SponLayer(BaseTunerLayer):
         self._disable_adapters = False
         self._anchors_enabled = True
         self._every_token = False
-        self._thresholds_seen = False
+        self._thresholds_seen: set[str] = set()  # adapters whose thresholds are known to be there
         self.adapters_run: set[str] = set()  # those that a forward has used
         self.trainable_choice: str | None = None  # see lora.set_trainable
         self.place = Place()
@@ -136,6 +137,7 @@ class SponLayer(BaseTunerLayer):
         """
         criterion = config.make_criterion()
         self.adapters_run.discard(adapter_name)
+        self._thresholds_seen.discard(adapter_name)
         self.spon_settings[adapter_name] = LayerSettings(
             criterion, sparsity, config.prefill, config.anchor_space, config.calibrated
         )
@@ -146,7 +148,6 @@ class SponLayer(BaseTunerLayer):
                 self.spon_gain[adapter_name] = nn.Parameter(initial_vector(self.in_features, config.init_weights))
         if criterion.uses_threshold and config.calibrated:
             # Loading fills these. NaN marks them as missing until then.
-            self._thresholds_seen = False
             self.spon_threshold[adapter_name] = torch.full((1,), math.nan)
             self.spon_quantiles[adapter_name] = torch.full((QUANTILE_POINTS,), math.nan)
         if criterion.uses_column_norms:
@@ -185,13 +186,14 @@ class SponLayer(BaseTunerLayer):
         """1 where S keeps the entry, 0 where it zeroes it, in the dtype of x; x and the mask have shape (..., in)."""
         settings = self.spon_settings[adapter_name]
         threshold = self.spon_threshold[adapter_name] if settings.uses_threshold else None
-        if threshold is not None and not self._thresholds_seen and not torch.compiler.is_compiling():
+        unseen = threshold is not None and adapter_name not in self._thresholds_seen
+        if unseen and not torch.compiler.is_compiling():
             if threshold.isnan():
                 raise ValueError(
                     f"Adapter {adapter_name!r} is said to be calibrated but has no thresholds: its SponConfig is that "
                     "of a saved adapter. Load the adapter (PeftModel.from_pretrained), or set calibrated=False."
                 )
-            self._thresholds_seen = True
+            self._thresholds_seen.add(adapter_name)
         norms = self.spon_column_scale[adapter_name] if settings.criterion.uses_column_norms else None
         return keep_mask(x, settings, threshold, norms)
 
@@ -434,6 +436,15 @@ class SponLinear(nn.Module, SponLayer):
 def spon_layers(model: nn.Module) -> dict[str, SponLayer]:
     """Name in the plain base model to SPON layer, in the model's order."""
     return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, SponLayer)}
+
+
+def outer_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Named modules from the outside in, without what lies inside tuner layers and modules_to_save wrappers."""
+    for name, child in model.named_children():
+        full = f"{prefix}{name}"
+        yield full, child
+        if not isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            yield from outer_modules(child, f"{full}.")
 
 
 def plain_name(name: str) -> str:

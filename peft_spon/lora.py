@@ -14,6 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,32 @@ from huggingface_hub import HfApi
 from packaging.version import Version
 from peft import LoraConfig, LoraModel, PeftConfig, PeftModel, PeftType, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype, delete_adapter, set_requires_grad
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    cast_adapter_dtype,
+    delete_adapter,
+    set_adapter,
+    set_requires_grad,
+)
 from peft.utils import CONFIG_NAME, AuxiliaryTrainingWrapper
 from peft.utils.other import _set_adapter as set_auxiliary_adapter
 from torch import nn
+from transformers import PreTrainedModel
 
 from .cards import lora_card
 from .config import SponConfig, SponPeftType
-from .layer import SponLayer, spon_layers
-from .modes import attribute
+from .layer import SponLayer, outer_modules, spon_layers
+from .modes import switched_off
 from .sparse_linear import SparseMixin
+from .weights import is_linear
 
 
 LORA_NAME = "task"
 # Before that, Trainer restores only the adapters that a checkpoint has in subfolders; SponTrainer restores all.
 RESUMES_ALL = Version("5.23.0.dev0")
 TRAINABLE = ("lora", "anchors", "both")
+# What of `PeftModel.from_pretrained` says where on the Hub something is.
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
 class LoraBeneathSponConfig(LoraConfig):
@@ -82,17 +93,45 @@ def active_lora(model: nn.Module) -> list[str]:
 # ---- SPON over a LoRA model --------------------------------------------------------------------------------------
 
 
+class TakenOver:
+    """A LoRA model on which SPON was put: what its adapters were called, so that all can be given back."""
+
+    def __init__(self, inner: nn.Module, new_names: dict[str, str]):
+        self.inner, self.new_names = inner, new_names
+        self.before = dict(inner.peft_config)
+
+    def take(self) -> None:
+        """Rename, in the layers and in the `peft_config` that the old `PeftModel` shares, so that it saves right."""
+        for old, new in self.new_names.items():
+            rename_adapter(self.inner, old, new)
+        self._set({self.new_names[name]: beneath(config) for name, config in self.before.items()})
+
+    def give_back(self) -> None:
+        """Everything as it was before `take`."""
+        for old, new in self.new_names.items():
+            rename_adapter(self.inner, new, old)
+        self._set(self.before)
+
+    def _set(self, configs: dict[str, PeftConfig]) -> None:
+        shared = self.inner.peft_config
+        shared.clear()
+        shared.update(configs)
+
+
 @contextmanager
-def lora_taken_over(model: nn.Module, spon_name: str) -> Iterator[nn.Module]:
+def lora_taken_over(
+    model: nn.Module, spon_name: str, spon_config: PeftConfig
+) -> Iterator[tuple[nn.Module, TakenOver | None]]:
     """
     The model to put SPON on, LoRA layers in it: without the `PeftModel` around it, where that has LoRA adapters.
 
     A LoRA adapter of SPON's own name (both are `"default"` by default) is called `"task"` from here on. If the body
-    raises, all is as it was.
+    raises, all is as it was. Gives the inner model, and how to give it back later (None: there is no LoRA).
 
     Args:
         model (`torch.nn.Module`): what the user hands to `get_peft_model`.
         spon_name (`str`): name of the SPON adapter that is about to be added.
+        spon_config (`SponConfig`): its configuration.
 
     Raises:
         `ValueError`: the model has a SPON adapter already, or a LoRA that trains biases.
@@ -104,27 +143,23 @@ def lora_taken_over(model: nn.Module, spon_name: str) -> Iterator[nn.Module]:
             f"'name', config), or take the model without them: model.unload()."
         )
     if not any(is_plain_lora(config) for config in configs.values()):
-        yield model
+        yield model, None
         return
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     for name, config in configs.items():
         check_lora(config, name)
-    new_names = {name: free_name(configs) if name == spon_name else name for name in configs}
-    before = inner.peft_config
-    for old, new in new_names.items():
-        rename_adapter(inner, old, new)
-    inner.peft_config = {new_names[name]: beneath(config) for name, config in configs.items()}
+        check_modules_to_save(inner, spon_config, config)
+    taken = TakenOver(inner, {name: free_name(configs) if name == spon_name else name for name in configs})
+    taken.take()
     active = active_lora(inner)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            yield inner
+            yield inner, taken
+        set_auxiliary(inner, [spon_name, *active])
     except BaseException:
-        for old, new in new_names.items():
-            rename_adapter(inner, new, old)
-        inner.peft_config = before
+        taken.give_back()
         raise
-    set_auxiliary(inner, [spon_name, *active])
 
 
 def is_plain_lora(config: PeftConfig) -> bool:
@@ -148,6 +183,30 @@ def check_lora(config: PeftConfig, name: str) -> None:
         raise ValueError(
             f"The LoRA adapter {name!r} has trainable_token_indices, which PEFT 0.21 cannot save beside an adapter "
             "without them; use modules_to_save=['embed_tokens'] for new tokens."
+        )
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            f"The LoRA adapter {name!r} has alora_invocation_tokens, which choose the tokens it acts on; SPON does "
+            "not pass them on. Use a LoRA that acts on all tokens."
+        )
+
+
+def check_modules_to_save(model: nn.Module, spon: PeftConfig, lora: PeftConfig) -> None:
+    """Raises `ValueError` if both adapters would train a copy of the same module: PEFT runs one at a time."""
+    both = set(spon.modules_to_save or []) & set(lora.modules_to_save or [])
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if both & names:
+        raise ValueError(
+            f"modules_to_save has {sorted(both & names)} in the SPON adapter and in the LoRA, and only one copy can "
+            "run; leave it out of one of them. (PEFT adds the classifier by itself where task_type is 'SEQ_CLS' or "
+            "'TOKEN_CLS': leave task_type out of the SponConfig; the LoRA's classifier stays active.)"
+        )
+    wanted = tuple(lora.modules_to_save or [])
+    sparse = [name for name in spon_layers(model) if name.endswith(wanted)]
+    if sparse:
+        raise ValueError(
+            f"modules_to_save of the LoRA has '{sparse[0]}', which SPON makes sparse, so that its weights must stay; "
+            "leave it out, or name it in exclude_modules of the SponConfig."
         )
 
 
@@ -175,12 +234,17 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
             module._adapters = {new if name == old else name for name in module._adapters}
 
 
-def set_auxiliary(model: nn.Module, names: list[str]) -> None:
+def set_auxiliary(model: nn.Module, names: list[str], inference_mode: bool = False) -> None:
     """Make the `modules_to_save` of all these adapters active; what is trained stays as `set_trainable` chose it."""
-    set_auxiliary_adapter(model, names)
-    choice = next((layer.trainable_choice for layer in spon_layers(model).values()), None)
-    if choice is not None and active_lora(model):
+    set_auxiliary_adapter(model, names, inference_mode=inference_mode)
+    choice = trainable_choice(model)
+    if choice is not None and not inference_mode and active_lora(model):
         apply_trainable(model, choice)
+
+
+def trainable_choice(model: nn.Module) -> str | None:
+    """What `set_trainable` chose; None: there was no choice."""
+    return next((layer.trainable_choice for layer in spon_layers(model).values()), None)
 
 
 # ---- LoRA beneath a SPON model -----------------------------------------------------------------------------------
@@ -227,23 +291,71 @@ def add_lora(
     layers = [module for module in inner.modules() if isinstance(module, BaseTunerLayer)]
     if any(layer.merged for layer in layers):
         raise ValueError("Adapters are merged; call model.unmerge_adapter() before another one is added.")
+    for spon in model.peft_config.values():
+        if isinstance(spon, SponConfig):
+            check_modules_to_save(inner, spon, config)
     # PEFT fills in what it finds; the user's object stays as it is.
     config = copy.copy(config)
     config.base_model_name_or_path = vars(inner).get("name_or_path") or config.base_model_name_or_path
-    with spon_taken_out(inner), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        try:
+    with undone_on_error(model, inner, adapter_name):
+        with spon_taken_out(inner), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            if config.target_modules == "all-linear" and any(True for _ in wrappers(inner)):
+                # PEFT would also put LoRA on the copies inside the modules_to_save of other adapters.
+                head = inner.get_output_embeddings() if isinstance(inner, PreTrainedModel) else None
+                config.target_modules = {
+                    name for name, module in outer_modules(inner) if is_linear(module) and module is not head
+                }
             inject_adapter_in_model(config, inner, adapter_name)
-        except BaseException:
-            model.peft_config.pop(adapter_name, None)
-            raise
-    model.peft_config[adapter_name] = beneath(config)
-    cast_adapter_dtype(inner, adapter_name)
-    for layer in lora_layers(inner):
-        layer.train(inner.training)
-    set_auxiliary(inner, [*model.base_model.active_adapters, adapter_name])
-    set_trainable(model, trainable)
+        model.peft_config[adapter_name] = beneath(config)
+        cast_adapter_dtype(inner, adapter_name)
+        for layer in lora_layers(inner):
+            layer.train(inner.training)
+        set_auxiliary(inner, [*model.base_model.active_adapters, adapter_name])
+        set_trainable(model, trainable)
     return model
+
+
+def wrappers(model: nn.Module) -> Iterator[AuxiliaryTrainingWrapper]:
+    """What holds the `modules_to_save` of adapters."""
+    return (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
+
+
+@contextmanager
+def undone_on_error(model: PeftModel, inner: nn.Module, adapter_name: str) -> Iterator[None]:
+    """`with undone_on_error(...):` a LoRA that cannot be added leaves nothing behind."""
+    lora, choices = active_lora(inner), [(layer, layer.trainable_choice) for layer in spon_layers(inner).values()]
+    active = [(wrapper, list(wrapper.active_adapters)) for wrapper in wrappers(inner)]
+    trained = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
+    try:
+        yield
+    except BaseException:
+        model.peft_config.pop(adapter_name, None)
+        take_out(inner, adapter_name)
+        if lora:
+            set_adapter(inner, lora, layer_cls=LoraLayer)
+        for wrapper, names in active:
+            set_auxiliary_adapter(wrapper, names)
+        for layer, choice in choices:
+            layer.trainable_choice = choice
+        for parameter, required in trained:
+            parameter.requires_grad_(required)
+        raise
+
+
+def take_out(model: nn.Module, adapter_name: str) -> None:
+    """Take a LoRA out of all layers; those that had only this one are unwrapped."""
+    for name, module in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, LoraLayer):
+            if adapter_name in module.r:
+                module.delete_adapter(adapter_name)
+            if not module.r:
+                setattr(model.get_submodule(parent), child, module.base_layer)
+        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
+            module.delete_adapter(adapter_name, new_active_adapters=None)
+            if not module._adapters:
+                setattr(model.get_submodule(parent), child, module.original_module)
 
 
 @contextmanager
@@ -310,12 +422,10 @@ def apply_trainable(model: nn.Module, what: str) -> list[SponLayer]:
 def without_lora(model: nn.Module) -> Iterator[None]:
     """`with without_lora(model):` LoRA off, SPON as it is. (`dense_mode` is the other way round.)"""
     names = set(active_lora(model))
-    wrappers = [
-        module
-        for module in model.modules()
-        if isinstance(module, AuxiliaryTrainingWrapper) and module._adapters & names
-    ]
-    with attribute([*lora_layers(model), *wrappers], "_disable_adapters", True):
+    layers = lora_layers(model)
+    if any(layer.merged for layer in layers):
+        raise ValueError("The LoRA is merged into the weights; call model.unmerge_adapter() first.")
+    with switched_off([*layers, *(wrapper for wrapper in wrappers(model) if wrapper._adapters & names)]):
         yield
 
 
@@ -337,6 +447,8 @@ def delete_lora(model: nn.Module, adapter_name: str) -> None:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.base_layer)
     for layer in spon_layers(model).values():
+        if layer.trainable_choice == "lora":
+            set_requires_grad(layer, layer.active_adapters, True)
         layer.trainable_choice = None
 
 
@@ -354,11 +466,39 @@ def check_finite(layers: list[LoraLayer]) -> None:
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
+def load_loras_along(model: nn.Module) -> None:
+    """Let `model.load_adapter(checkpoint, "default")` restore the LoRAs in the checkpoint's subfolders, too.
+
+    That is all that Trainer's `load_best_model_at_end` calls: the best anchors would end up over the last LoRA.
+    """
+    if isinstance(model, PeftModel) and lora_names(model.peft_config):
+        model.load_adapter = partial(_load_with_loras, model)  # on the instance, as `keep_card_on_hub`
+
+
+def _load_with_loras(model: PeftModel, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any):
+    load, configs = type(model).load_adapter, model.peft_config
+    if adapter_name not in configs or adapter_name in lora_names(configs) or not Path(model_id).is_dir():
+        return load(model, model_id, adapter_name, *args, **kwargs)
+
+    def place(name: str) -> Path:
+        inside = Path(model_id, name)
+        return inside if (inside / CONFIG_NAME).exists() else Path(model_id)
+
+    result = load(model, place(adapter_name), adapter_name, *args, **kwargs)
+    for name in lora_names(configs):
+        if place(name) != place(adapter_name):
+            load(model, place(name), name, **kwargs)
+    choice = trainable_choice(model)
+    if choice is not None and active_lora(model):
+        apply_trainable(model, choice)
+    return result
+
+
 def load_with_lora(
     model: nn.Module,
     spon: str | os.PathLike,
-    lora: str | os.PathLike | None = None,
-    adapter_name: str = LORA_NAME,
+    lora: str | os.PathLike | list[str | os.PathLike] | None = None,
+    adapter_name: str | list[str] = LORA_NAME,
     *,
     trainable: str | None = None,
     **kwargs: Any,
@@ -369,21 +509,40 @@ def load_with_lora(
     Args:
         model (`torch.nn.Module`): the base model; as it was, if anything cannot be loaded.
         spon (`str`): folder or Hub id of the SPON adapter.
-        lora (`str`, *optional*): folder or Hub id of the LoRA; default: the folder `adapter_name` inside `spon`, where
-            `model.save_pretrained` puts it.
-        adapter_name (`str`, *optional*, defaults to `"task"`): name of the LoRA.
+        lora (`str` or `list[str]`, *optional*): folder or Hub id of the LoRA; default: the folder `adapter_name`
+            inside `spon`, where `model.save_pretrained` puts it.
+        adapter_name (`str` or `list[str]`, *optional*, defaults to `"task"`): name of the LoRA. Of several, each from
+            its folder, the first is active.
         trainable (`str`, *optional*): `"lora"`, `"anchors"` or `"both"`, see [`set_trainable`]; default: neither.
         kwargs: all other arguments of `PeftModel.from_pretrained`, for both: `revision`, `token`, ...
 
     Returns:
         `PeftModel`: with the SPON adapter `"default"`.
+
+    Raises:
+        `ValueError`: a model that has adapters already, as many folders as names are not given, a LoRA that cannot
+            lie beneath SPON.
     """
     if trainable is not None:
         check_trainable(trainable)
-    subfolder = {"subfolder": adapter_name} if lora is None else {}
-    with_lora = PeftModel.from_pretrained(model, spon if lora is None else lora, adapter_name, **subfolder, **kwargs)
+    if isinstance(model, PeftModel) or spon_layers(model) or lora_layers(model):
+        raise ValueError(
+            "The model has adapters already, and this loads onto a plain base. Give it the base. Another LoRA "
+            "beneath SPON: add_lora(model, LoraConfig.from_pretrained(folder), n); model.load_adapter(folder, n)."
+        )
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    given = list(lora) if isinstance(lora, list) else [lora]
+    folders = [spon] * len(names) if lora is None else given
+    if len(folders) != len(names):
+        raise ValueError(f"lora has {len(folders)} entries and adapter_name {names}; give one name for each.")
+    places = [{"subfolder": name} if lora is None else {} for name in names]
+    hub = {key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS}
+    for folder, name, place in zip(folders, names, places, strict=True):
+        check_lora(PeftConfig.from_pretrained(folder, **place, **hub), name)  # before anything goes into the model
+    with_lora = PeftModel.from_pretrained(model, folders[0], names[0], **places[0], **kwargs)
     try:
-        check_lora(with_lora.peft_config[adapter_name], adapter_name)
+        for folder, name, place in zip(folders[1:], names[1:], places[1:], strict=True):
+            with_lora.load_adapter(folder, name, **place, **kwargs)
         loaded = PeftModel.from_pretrained(with_lora, spon, **kwargs)
     except BaseException:
         with_lora.unload()

@@ -9,29 +9,33 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, set_adapter
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .cards import keep_card_on_hub
 from .config import SponConfig, adapter_card_for_hub, check_sparsity
-from .layer import Place, SponLayer, SponLinear, spon_layers
+from .layer import Place, SponLayer, SponLinear, outer_modules, spon_layers
 from .loading import find_other_settings, find_problem, own_checksum, preview, remove_adapter
 from .lora import (
     active_lora,
+    apply_trainable,
     check_finite,
     delete_lora,
+    load_loras_along,
     lora_layers,
     lora_names,
     lora_taken_over,
     set_auxiliary,
+    trainable_choice,
 )
 from .merged import prepare_saving
+from .modes import keep_switched_off
 from .sparse_linear import fold_scale
-from .weights import has_plain_weight, linear_sizes
+from .weights import has_plain_weight, is_linear, linear_sizes
 
 
 class SponModel(BaseTuner):
@@ -63,8 +67,10 @@ class SponModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # targets are found by walking the model, see _prepare_model
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        with lora_taken_over(model, adapter_name) as inner:
+        config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+        with lora_taken_over(model, adapter_name, config) as (inner, taken):
             super().__init__(inner, peft_config, adapter_name, *args, **kwargs)
+        self.taken_over = taken
         if inner is not model:  # PEFT reads the name off the model it was given
             self.peft_config[adapter_name].base_model_name_or_path = vars(inner).get("name_or_path") or None
 
@@ -109,6 +115,7 @@ class SponModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, sparsity, has_anchor)
             return
         layer = SponLinear(target, adapter_name, peft_config, sparsity, has_anchor)
+        layer.trainable_choice = trainable_choice(self.model)
         layer.place = Place(parent, target_name)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -131,22 +138,25 @@ class SponModel(BaseTuner):
         if unknown:
             raise ValueError(
                 f"adapter_names has {sorted(unknown)} but the adapters are {sorted(self.peft_config)}; '__base__' "
-                "stands for the dense model."
+                "stands for the model without them: without SPON, or, beside names of LoRAs, without LoRA."
             )
-        lora = set(lora_names(self.peft_config)) & set(adapter_names)
+        lora = set(lora_names(self.peft_config))
+        if set(adapter_names) != {"__base__"}:  # rows that all want no LoRA, as in a batch where others want one
+            lora &= set(adapter_names)
         if lora and set(adapter_names) - lora - {"__base__"}:
             raise ValueError(
                 f"adapter_names is {adapter_names}: name LoRA adapters ({sorted(lora)}), or SPON adapters, not both; "
                 "the other kind stays as it is."
             )
-        kinds = (LoraLayer, AuxiliaryTrainingWrapper) if lora else (SponLayer, AuxiliaryTrainingWrapper)
+        kind = LoraLayer if lora else SponLayer
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in adapter_names for _ in range(beams)]
         encoder = self.model.get_encoder() if self.get_model_config(self.model).get("is_encoder_decoder") else None
         in_encoder = set(encoder.modules()) if encoder is not None else set()
         handles = []
         for module in self.modules():
-            if isinstance(module, kinds):
+            is_wrapper = isinstance(module, AuxiliaryTrainingWrapper) and module._adapters & set(adapter_names)
+            if isinstance(module, kind) or is_wrapper:
                 # Beam search repeats the rows that the decoder sees; the encoder ran before that.
                 names = list(adapter_names) if module in in_encoder else repeated
                 hook = partial(_pass_adapter_names, adapter_names=names)
@@ -160,6 +170,8 @@ class SponModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """
         Merge adapters: b' = b + W anchor in fp32, S and gains stay active. `unmerge_adapter` restores every bit.
+
+        A LoRA beneath goes into W; PEFT subtracts it again when it is unmerged, exact up to rounding.
 
         Args:
             adapter_names (`list[str]`, *optional*): what to merge, in this order; default: the active adapters.
@@ -214,7 +226,11 @@ class SponModel(BaseTuner):
                 layer.merged_effect(names, safe_merge)
         if safe_merge:
             check_finite(lora_layers(self.model))
+        if adapter_names is not None and lora_layers(self.model):
+            set_auxiliary(self.model, adapter_names)  # the modules_to_save of what is merged, not of the rest
         model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        if vars(model).get("_hf_peft_config_loaded"):
+            model._hf_peft_config_loaded = False  # no adapter is left that transformers' add_adapter had put there
         if fold_gain:
             for name in layers:
                 fold_scale(model.get_submodule(name))
@@ -238,7 +254,15 @@ class SponModel(BaseTuner):
         if spon or not lora:
             super().set_adapter(adapter_name if not lora else spon, inference_mode)
         if lora or active:
-            set_auxiliary(self.model, [*self.active_adapters, *(lora or active)])
+            set_auxiliary(self.model, [*self.active_adapters, *(lora or active)], inference_mode)
+
+    def enable_adapter_layers(self) -> None:
+        """As PEFT's; what is trained stays as `set_trainable` chose it, and open `dense_mode` blocks stay dense."""
+        super().enable_adapter_layers()
+        choice = trainable_choice(self.model)
+        if choice is not None and active_lora(self.model):
+            apply_trainable(self.model, choice)
+        keep_switched_off(self.model)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a SPON adapter, or a LoRA beneath; with the last LoRA its layers go, too.
@@ -289,6 +313,7 @@ class SponModel(BaseTuner):
         # The configuration, which PEFT saves next, says which tensors belong to it.
         config._tensors_checksum = own_checksum(named)
         keep_card_on_hub(model, adapter_card_for_hub)
+        load_loras_along(model)
         return found
 
     @classmethod
@@ -309,6 +334,8 @@ class SponModel(BaseTuner):
             has_run = any(adapter_name in layer.adapters_run for layer in spon_layers(model).values())
             if config._is_new and not has_run:  # made for this load; another one keeps what it holds
                 remove_adapter(model, adapter_name)
+                if isinstance(model, PeftModel) and model.base_model.taken_over and not spon_layers(model):
+                    model.base_model.taken_over.give_back()
             raise ValueError(problem)
         config._is_new = False
         return remapped
@@ -369,25 +396,6 @@ def adapter_config(model: nn.Module, adapter_name: str) -> SponConfig:
     config = model.peft_config[adapter_name]
     config._is_new = False
     return config
-
-
-def outer_modules(model: nn.Module, prefix: str = ""):
-    """Named modules from the outside in, without what lies inside tuner layers and modules_to_save wrappers."""
-    for name, child in model.named_children():
-        full = f"{prefix}{name}"
-        yield full, child
-        if not isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            yield from outer_modules(child, f"{full}.")
-
-
-def is_linear(module: nn.Module) -> bool:
-    """nn.Linear and what stands in for it: Conv1D, other tuners' linear layers, quantised layers that have sizes."""
-    if isinstance(module, BaseTunerLayer):
-        return is_linear(module.get_base_layer())
-    if isinstance(module, (nn.Linear, Conv1D)):
-        return True
-    is_leaf = next(module.children(), None) is None
-    return is_leaf and hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def default_targets(config: SponConfig, model: nn.Module) -> set[str]:

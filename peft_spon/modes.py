@@ -53,8 +53,32 @@ def dense_mode(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         if isinstance(module, AuxiliaryTrainingWrapper) and names & set(module.active_adapters)
     ]
-    with attribute([*layers, *wrappers], "_disable_adapters", True):
+    with switched_off([*layers, *wrappers]):
         yield
+
+
+HELD_OFF = "_spon_held_off"
+
+
+@contextmanager
+def switched_off(modules: list[nn.Module]) -> Iterator[None]:
+    """`with switched_off(modules):` these tuner layers are off, also after a `disable_adapter()` block inside."""
+    new = [module for module in modules if HELD_OFF not in vars(module)]
+    for module in new:
+        setattr(module, HELD_OFF, True)
+    try:
+        with attribute(modules, "_disable_adapters", True):
+            yield
+    finally:
+        for module in new:
+            delattr(module, HELD_OFF)
+
+
+def keep_switched_off(model: nn.Module) -> None:
+    """Switch what open `switched_off` blocks hold off again, after PEFT has switched everything on."""
+    for module in model.modules():
+        if HELD_OFF in vars(module):
+            module._disable_adapters = True
 
 
 def without_anchors(model: nn.Module):

@@ -8,6 +8,8 @@ import os
 import re
 import textwrap
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from .calibration import Removed, calibrate, removed_by_s
 from .config import SponConfig
 from .distillation import SelfDistillation, without_dropout
 from .layer import SponLayer, spon_layers
-from .lora import active_lora, apply_trainable
+from .lora import active_lora, apply_trainable, trainable_choice
 from .model import adapter_config, resolve_adapter
 from .modes import differentiable, evaluation_mode, every_token_sparse
 
@@ -231,9 +233,8 @@ class SponTrainer(SFTTrainer):
         self.adapter_name = resolve_adapter(self.model, None)
         if active_lora(self.model):
             # The teacher has the LoRA, too: a LoRA that moved would move the target along.
-            logger.info(
-                "Only the anchors are trained, the LoRA beneath them is frozen (set_trainable changes it back)"
-            )
+            logger.info("Only the anchors are trained, the LoRA beneath them is frozen until the training ends")
+            self._choice_before = trainable_choice(self.model)
             apply_trainable(self.model, "anchors")
         for layer in spon_layers(self.model).values():
             _keep_fp32(layer)
@@ -253,8 +254,21 @@ class SponTrainer(SFTTrainer):
     # ---- before and after the steps ------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any):
-        with without_dropout(self.model), differentiable(self.model):
+        with without_dropout(self.model), differentiable(self.model), self._anchors_chosen():
             return self._train(*args, **kwargs)
+
+    @contextmanager
+    def _anchors_chosen(self) -> Iterator[None]:
+        """Only the anchors are trained in here; after it what `set_trainable` chose before this trainer was made."""
+        if not active_lora(self.model):
+            yield
+            return
+        apply_trainable(self.model, "anchors")
+        try:
+            yield
+        finally:
+            if self._choice_before is not None:
+                apply_trainable(self.model, self._choice_before)
 
     def _train(self, *args: Any, **kwargs: Any):
         self._prepare_adapter()

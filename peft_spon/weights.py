@@ -6,6 +6,7 @@ import math
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +26,11 @@ def linear_sizes(layer: nn.Module) -> tuple[int, int]:
         raise TypeError(
             "The layer is a merged SPON layer already, and S of S(x) is another function. Load the base model and add "
             "the adapters to that."
+        )
+    if isinstance(core, AuxiliaryTrainingWrapper):
+        raise TypeError(
+            "The layer is in the modules_to_save of an adapter, so its weights change; name it in exclude_modules, or "
+            "take it out of modules_to_save."
         )
     if isinstance(core, (nn.Embedding, nn.modules.conv._ConvNd)):
         sizes = (None, None)
@@ -106,3 +112,13 @@ def probe(layer: nn.Module, rows: torch.Tensor) -> torch.Tensor:
     y = layer(rows)
     layer.train(was_training)
     return y[1:] - y[0]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear and what stands in for it: Conv1D, other tuners' linear layers, quantised layers that have sizes."""
+    if isinstance(module, BaseTunerLayer):
+        return is_linear(module.get_base_layer())
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    is_leaf = next(module.children(), None) is None
+    return is_leaf and hasattr(module, "in_features") and hasattr(module, "out_features")

@@ -35,6 +35,7 @@ def sparse_model(trainable=None, name="default"):
 def trainer_of(kind, model, tmp_path, tokenizer, **kwargs):  # noqa: F811
     trainer_class, config_class = {"sft": (SFTTrainer, SFTConfig), "spon": (SponTrainer, SponTrainingConfig)}[kind]
     rate = {"learning_rate": 0.02} if kind == "sft" else {}
+    data = {"train_dataset": rows(), "eval_dataset": kwargs.pop("eval_dataset", None)}
     args = config_class(
         output_dir=str(tmp_path),
         **{
@@ -51,7 +52,7 @@ def trainer_of(kind, model, tmp_path, tokenizer, **kwargs):  # noqa: F811
             **kwargs,
         },
     )
-    return trainer_class(model, args, train_dataset=rows(), processing_class=tokenizer)
+    return trainer_class(model, args, **data, processing_class=tokenizer)
 
 
 def state(model):
