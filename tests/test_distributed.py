@@ -13,9 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from models import MODELS
+from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -95,6 +97,9 @@ def test_fsdp2_with_checkpointing(tmp_path, one):
     assert loaded.peft_config["default"].calibrated
 
 
+@pytest.mark.skipif(
+    Version(accelerate.__version__) < Version("1.15"), reason="older ones load an adapter on the first process only"
+)
 def test_fsdp2_resumes_to_the_same_anchors(tmp_path):
     adam = {
         "fsdp": True,
