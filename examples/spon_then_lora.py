@@ -8,10 +8,12 @@
 
     python examples/spon_then_lora.py                       # tiny Llama, Python's reference manual: about 6 minutes
     python examples/spon_then_lora.py --spon FOLDER         # with a SPON adapter that you have already
-    python examples/spon_then_lora.py --trainable both      # anchors and LoRA together
+    python examples/spon_then_lora.py --trainable lora      # the anchors stay as they are
+    python examples/spon_then_lora.py --distil-again        # and anchors once more, on the task
 
-Distils anchors on general text, slides a LoRA beneath, fine-tunes it with TRL's SFTTrainer while S is active, then
-distils the anchors once more on the task (teacher: the dense model with the LoRA), and merges.
+Distils anchors on general text, slides a LoRA beneath, fine-tunes both with TRL's SFTTrainer while S is active, and
+merges. `--distil-again` distils the anchors once more before that, from the dense model with the LoRA: worth a try
+where that model is the better one at the task, see the table that is printed and docs/lora.md.
 """
 
 import argparse
@@ -41,7 +43,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--spon", help="folder or Hub id of a SPON adapter for the model, instead of training one")
-    parser.add_argument("--trainable", default="lora", choices=["lora", "both"])
+    parser.add_argument("--trainable", default="both", choices=["lora", "both"])
+    parser.add_argument("--distil-again", action="store_true", help="anchors once more, on the task")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--out", type=Path, default=Path("out/spon_then_lora"))
     args = parser.parse_args()
@@ -72,9 +75,10 @@ def main() -> None:
     train_lora(model, tokenizer, train, args.lora_steps)
     report(f"fine-tuned sparse ({args.trainable})")
 
-    # 3. Anchors again, for what the LoRA has learned.
-    train_anchors(model, tokenizer, train, args.steps)
-    report("anchors distilled again on the task")
+    # 3. Anchors again, from the dense model with what the LoRA has learned.
+    if args.distil_again:
+        train_anchors(model, tokenizer, train, args.steps)
+        report("anchors distilled again on the task")
 
     model.save_pretrained(args.out)
     ids = test[0]["input_ids"]

@@ -32,7 +32,7 @@ def test_lora_then_spon(tmp_path):
 
 
 def test_spon_then_lora(tmp_path):
-    out = run(tmp_path, "spon_then_lora.py", "--steps", "2", "--lora-steps", "2", "--trainable", "both")
+    out = run(tmp_path, "spon_then_lora.py", "--steps", "2", "--lora-steps", "2", "--distil-again")
     rows = re.findall(
         r"^(SPON|fine-tuned sparse \(both\)|anchors distilled again\D*) +dense (\S+) +sparse (\S+)", out, re.M
     )
