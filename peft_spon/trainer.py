@@ -227,6 +227,11 @@ class SponTrainer(SFTTrainer):
                 "top1_agreement are evaluated by themselves, and peft_spon.evaluate() reports more."
             )
         has_adapter = isinstance(model, nn.Module) and bool(spon_layers(model))
+        if isinstance(model, PeftModel) and not has_adapter:
+            raise ValueError(
+                f"The model has the adapters {sorted(model.peft_config)}, but no SPON; put it over them first: "
+                "model = get_peft_model(model, SponConfig(sparsity=0.5))."
+            )
         if peft_config is None and not has_adapter:
             peft_config = SponConfig(task_type="CAUSAL_LM")
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)

@@ -307,6 +307,12 @@ def test_a_look_at_the_dense_model_does_not_move_the_teacher(tmp_path, tokenizer
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {n for n in before if "lora_" in n}
 
 
+def test_a_lora_model_without_spon_is_told_what_to_do(tmp_path, tokenizer):  # noqa: F811
+    lora = get_peft_model(MODELS["llama"](), lora_config())
+    with pytest.raises(ValueError, match=r"adapters \['default'\], but no SPON.*get_peft_model\(model, SponConfig"):
+        trainer_of("spon", lora, tmp_path, tokenizer)
+
+
 @pytest.mark.parametrize(("spon", "lora"), [("default", "task"), ("anchors", "default")])
 def test_the_best_checkpoint_is_that_of_both(spon, lora, tmp_path, tokenizer):  # noqa: F811
     torch.manual_seed(0)
