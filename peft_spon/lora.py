@@ -244,7 +244,7 @@ def set_auxiliary(model: nn.Module, names: list[str], inference_mode: bool = Fal
 
 def trainable_choice(model: nn.Module) -> str | None:
     """What `set_trainable` chose; None: there was no choice."""
-    return next((layer.trainable_choice for layer in spon_layers(model).values()), None)
+    return next((layer.trainable_choice for layer in model.modules() if isinstance(layer, SponLayer)), None)
 
 
 # ---- LoRA beneath a SPON model -----------------------------------------------------------------------------------
@@ -430,7 +430,7 @@ def without_lora(model: nn.Module) -> Iterator[None]:
 
 
 def delete_lora(model: nn.Module, adapter_name: str) -> None:
-    """Delete a LoRA beneath SPON; with the last one its layers go, and what they wrap takes their place.
+    """Delete a LoRA beneath SPON; layers that had only this one go, and what they wrap takes their place.
 
     Raises:
         `ValueError`: it is merged.
@@ -440,12 +440,9 @@ def delete_lora(model: nn.Module, adapter_name: str) -> None:
         raise ValueError(f"The LoRA {adapter_name!r} is merged; call unmerge_adapter() first.")
     del model.peft_config[adapter_name]
     delete_adapter(model, adapter_name, prefix=LoraBeneathSpon.prefix, layer_cls=LoraLayer)
+    take_out(model, adapter_name)
     if lora_names(model.peft_config):
         return
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.base_layer)
     for layer in spon_layers(model).values():
         if layer.trainable_choice == "lora":
             set_requires_grad(layer, layer.active_adapters, True)
@@ -467,9 +464,10 @@ def check_finite(layers: list[LoraLayer]) -> None:
 
 
 def load_loras_along(model: nn.Module) -> None:
-    """Let `model.load_adapter(checkpoint, "default")` restore the LoRAs in the checkpoint's subfolders, too.
+    """Let `model.load_adapter(checkpoint, "default")` restore all adapters of a checkpoint that Trainer has written.
 
-    That is all that Trainer's `load_best_model_at_end` calls: the best anchors would end up over the last LoRA.
+    That is all that its `load_best_model_at_end` calls: the best anchors would end up over the last LoRA. Any other
+    folder is loaded as PEFT does.
     """
     if isinstance(model, PeftModel) and lora_names(model.peft_config):
         model.load_adapter = partial(_load_with_loras, model)  # on the instance, as `keep_card_on_hub`
@@ -477,7 +475,8 @@ def load_loras_along(model: nn.Module) -> None:
 
 def _load_with_loras(model: PeftModel, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any):
     load, configs = type(model).load_adapter, model.peft_config
-    if adapter_name not in configs or adapter_name in lora_names(configs) or not Path(model_id).is_dir():
+    is_checkpoint = Path(model_id, "trainer_state.json").exists()
+    if not is_checkpoint or adapter_name not in configs or adapter_name in lora_names(configs):
         return load(model, model_id, adapter_name, *args, **kwargs)
 
     def place(name: str) -> Path:

@@ -149,13 +149,15 @@ class SponModel(BaseTuner):
                 "the other kind stays as it is."
             )
         kind = LoraLayer if lora else SponLayer
+        of_kind = lora or set(self.peft_config) - set(lora_names(self.peft_config))
+        chosen = set(adapter_names) & of_kind or of_kind  # all rows "__base__": whatever is active is off
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in adapter_names for _ in range(beams)]
         encoder = self.model.get_encoder() if self.get_model_config(self.model).get("is_encoder_decoder") else None
         in_encoder = set(encoder.modules()) if encoder is not None else set()
         handles = []
         for module in self.modules():
-            is_wrapper = isinstance(module, AuxiliaryTrainingWrapper) and module._adapters & set(adapter_names)
+            is_wrapper = isinstance(module, AuxiliaryTrainingWrapper) and module._adapters & chosen
             if isinstance(module, kind) or is_wrapper:
                 # Beam search repeats the rows that the decoder sees; the encoder ran before that.
                 names = list(adapter_names) if module in in_encoder else repeated

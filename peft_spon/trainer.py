@@ -236,10 +236,10 @@ class SponTrainer(SFTTrainer):
             peft_config = SponConfig(task_type="CAUSAL_LM")
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
         self.adapter_name = resolve_adapter(self.model, None)
+        self._choice_before = trainable_choice(self.model)
         if active_lora(self.model):
             # The teacher has the LoRA, too: a LoRA that moved would move the target along.
             logger.info("Only the anchors are trained, the LoRA beneath them is frozen until the training ends")
-            self._choice_before = trainable_choice(self.model)
             apply_trainable(self.model, "anchors")
         for layer in spon_layers(self.model).values():
             _keep_fp32(layer)

@@ -181,6 +181,37 @@ def test_adapter_names_with_a_head_of_the_other_kind(owner):
         with torch.no_grad():
             found = model(**batch, adapter_names=[name] * rows_of).logits
         torch.testing.assert_close(found, together, rtol=1e-5, atol=1e-5)
+    with torch.no_grad(), without_lora(model):
+        spon_alone = model(**batch).logits
+    with torch.no_grad():
+        all_base = model(**batch, adapter_names=["__base__"] * rows_of).logits
+        mixed = model(**batch, adapter_names=["task", *["__base__"] * (rows_of - 1)]).logits
+    torch.testing.assert_close(all_base, spon_alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mixed[1:], spon_alone[1:], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_all_want_no_spon_have_the_dense_head():
+    model = shake_heads(calibrated(get_peft_model(MODELS["llama"](), spon_config(modules_to_save=["lm_head"]))))
+    batch = inputs("llama")
+    with torch.no_grad():
+        found = model(**batch, adapter_names=["__base__"] * len(batch["input_ids"])).logits
+    assert torch.equal(found, logits(MODELS["llama"](), "llama"))
+
+
+def test_anchors_are_swapped_without_the_lora(tmp_path):
+    """Only a Trainer checkpoint brings its LoRA along; a folder is loaded as PEFT does, before and after saving."""
+    model = spon_then_lora()
+    model.save_pretrained(tmp_path / "first")
+    lora = {name: p.clone() for name, p in model.named_parameters() if "lora_" in name}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    moved = {name: p.clone() for name, p in model.named_parameters() if "lora_" in name}
+    model.load_adapter(tmp_path / "first", "default")
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(p, moved[name])
+            assert not torch.equal(p, lora[name])
 
 
 def test_merging_spon_alone_leaves_the_head_of_the_lora_out():
