@@ -2,28 +2,71 @@
 # SPDX-License-Identifier: Apache-2.0
 """S: which entries of a linear layer's input are kept.
 
-One file per method; to add one, write its file and list it here.
+One file per method; to add one, write its file and list it here, or, outside of this package, [`register_criterion`].
 """
 
-from .base import Criterion, entries_kept, keep_above, keep_top_k
+from .base import Criterion, Spec, State
+from .larosa import LaRoSA
 from .magnitude import Magnitude
 from .relative import Relative
+from .rsparse import RSparse
+from .sparsifier import QUANTILE_POINTS, Sparsifier, entries_kept, keep_above, keep_top_k, threshold_at
 from .topk import TopK
 from .weighted import Weighted
 from .wina import Wina
 
 
-CRITERIA: dict[str, type[Criterion]] = {c.name: c for c in (Magnitude, Relative, TopK, Wina, Weighted)}
+CRITERIA: dict[str, type[Criterion]] = {
+    c.name: c for c in (Magnitude, Relative, TopK, Wina, Weighted, RSparse, LaRoSA)
+}
+
+
+def register_criterion(criterion: type[Criterion]) -> type[Criterion]:
+    """
+    Let `SponConfig(criterion="name")` find a criterion from outside of this package; usable as a decorator.
+
+    Whoever loads an adapter that uses it registers it first, too: import the module that does.
+
+    Args:
+        criterion (`type[Criterion]`): a frozen dataclass with the attributes and methods of [`Criterion`].
+
+    Raises:
+        `TypeError`: not a subclass of [`Criterion`].
+        `ValueError`: no name, a name that another criterion has, an unknown `selects`.
+    """
+    if not (isinstance(criterion, type) and issubclass(criterion, Criterion)):
+        raise TypeError(f"{criterion!r} is no criterion; give a subclass of peft_spon.Criterion.")
+    name = getattr(criterion, "name", None)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{criterion.__name__}.name is {name!r}; give the name that users write in SponConfig.")
+    if criterion.selects not in ("threshold", "topk"):
+        raise ValueError(f"{criterion.__name__}.selects is {criterion.selects!r}; use 'threshold' or 'topk'.")
+    owner = CRITERIA.setdefault(name, criterion)
+    if (owner.__module__, owner.__qualname__) != (criterion.__module__, criterion.__qualname__):
+        raise ValueError(
+            f"The criterion {name!r} is {owner.__module__}.{owner.__qualname__} already; name it otherwise."
+        )
+    CRITERIA[name] = criterion  # a notebook cell run again defines the class anew
+    return criterion
+
 
 __all__ = [
     "CRITERIA",
+    "QUANTILE_POINTS",
     "Criterion",
+    "LaRoSA",
     "Magnitude",
+    "RSparse",
     "Relative",
+    "Sparsifier",
+    "Spec",
+    "State",
     "TopK",
     "Weighted",
     "Wina",
     "entries_kept",
     "keep_above",
     "keep_top_k",
+    "register_criterion",
+    "threshold_at",
 ]

@@ -1,64 +1,98 @@
 # Copyright 2026 The peft_spon authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of S, the map that keeps the important entries of a linear layer's input and zeroes the rest."""
+"""The contract of a criterion: what a method keeps of a linear layer's input, and the state that it needs for that."""
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 
+State = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One tensor that a criterion keeps per layer.
+
+    Attributes:
+        shape (`tuple[int, ...]`): its shape.
+        dtype (`torch.dtype`): its dtype; it stays in it whatever the dtype of the model.
+        from_data (`bool`): True if calibration makes it, False if the weight alone does.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    from_data: bool = False
+
+
 @dataclass(frozen=True)
 class Criterion:
-    """One way of scoring the entries of an input. A subclass is one file: its fields are its dials.
+    """
+    One method of zeroing inputs. A subclass is one file: its fields are its dials, `score` is its formula.
+
+    With z = encode(x), S(x) = decode(kept, z), where kept = z * [the score of z is above the threshold], or, with
+    `selects = "topk"`, z with all but the k best entries of every token zeroed. For a mask, encode and decode are
+    left as they are: S(x) = kept.
 
     Class attributes:
         name (`str`): what users write in `SponConfig(criterion=...)`.
-        uses_threshold (`bool`): True if S keeps `score > threshold` with a calibrated threshold per layer; False if
-            it keeps the k best entries of every token and needs no calibration.
-        uses_column_norms (`bool`): True if the score weighs entry i by the norm of column i of the weight.
+        selects (`str`): `"threshold"`: one calibrated threshold per layer; `"topk"`: k entries of every token, no
+            threshold to calibrate.
+
+    In all methods x and z have the shape (..., in), any float dtype; `state` holds the tensors that
+    [`Criterion.state`] names.
     """
 
     name: ClassVar[str]
-    uses_threshold: ClassVar[bool] = True
-    uses_column_norms: ClassVar[bool] = False
+    selects: ClassVar[str] = "threshold"
 
-    def score(self, x: torch.Tensor, column_norms: torch.Tensor | None = None) -> torch.Tensor:
-        """Importance of every entry of the input.
+    def state(self, n_in: int, n_out: int) -> dict[str, Spec]:
+        """What the criterion keeps for a layer of `n_in` inputs and `n_out` outputs. Files call it `spon_<name>`."""
+        return {}
+
+    def prepare(self, weight: torch.Tensor, moments: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """
+        That state, as far as it can be made.
 
         Args:
-            x (`torch.Tensor`): layer input of shape (..., in), any float dtype.
-            column_norms (`torch.Tensor`, *optional*): fp32 norms of the columns of W, shape (in,).
-
-        Returns:
-            `torch.Tensor`: fp32 scores >= 0 of shape (..., in); NaN where x is NaN.
+            weight (`torch.Tensor`): W, shape (out, in), any float dtype.
+            moments (`torch.Tensor`, *optional*): E[x xᵀ] of the layer's input, fp64, shape (in, in). Calibration gives
+                it to criteria that have state `from_data`, which it asks for then.
         """
+        return {}
+
+    def encode(self, x: torch.Tensor, state: State) -> torch.Tensor:
+        """z, in which entries are kept or zeroed: x itself, or x in another basis."""
+        return x
+
+    def score(self, z: torch.Tensor, state: State) -> torch.Tensor:
+        """Importance of every entry of z: fp32, >= 0, of the shape of z, without gradient; NaN where z is NaN."""
         raise NotImplementedError
 
-    def norm_of_columns(self, weight: torch.Tensor) -> torch.Tensor:
-        """fp32 norms, shape (in,), of the columns of a weight of shape (out, in)."""
-        return weight.float().norm(dim=0)
+    def decode(self, kept: torch.Tensor, z: torch.Tensor, state: State) -> torch.Tensor:
+        """S(x), shape (..., in), from z and what is kept of it."""
+        return kept
 
+    def fold(
+        self, weight: torch.Tensor, state: State
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """
+        What a kernel needs instead of `decode`: W S(x) = W' kept + A (B (z - kept)).
 
-def keep_above(score: torch.Tensor, threshold: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """1 where the fp32 score is above the threshold, else 0, in `dtype`: S(x) is x times that.
+        Args:
+            weight (`torch.Tensor`): W, shape (out, in).
 
-    NaN is not above, but NaN times 0 is NaN: it propagates. Numbers, not booleans: on a CPU the product is ten times
-    as fast as `masked_fill`.
-    """
-    return torch.gt(score, threshold, out=torch.empty_like(score, dtype=dtype))
+        Returns:
+            `tuple`: W', shape (out, in), and (A, B) of shapes (out, r) and (r, in), or None.
+        """
+        return weight, None
 
+    def extra_reads(self, n_in: int, n_out: int) -> float:
+        """What a token reads beside the columns of W of its kept entries, as a share of W's entries. Counts as dense."""
+        return 0.0
 
-def entries_kept(width: int, sparsity: float) -> int:
-    """k = round((1 - sparsity) * width), at least one: how many of `width` entries a top-k S keeps."""
-    return min(width, max(1, math.floor((1.0 - sparsity) * width + 0.5)))
-
-
-def keep_top_k(score: torch.Tensor, sparsity: float, dtype: torch.dtype) -> torch.Tensor:
-    """1 for the k best entries of each token, else 0, in `dtype`; scores (..., in)."""
-    k = entries_kept(score.shape[-1], sparsity)
-    if k == score.shape[-1]:
-        return torch.ones_like(score, dtype=dtype)
-    kept = score.topk(k, dim=-1, sorted=False).indices
-    return torch.zeros_like(score, dtype=dtype).scatter_(-1, kept, 1)
+    def zeroed_share(self, sparsity: float, n_in: int, n_out: int) -> float:
+        """Share of the entries of z to zero so that a share `sparsity` of the layer's weights is not read."""
+        return min(sparsity + self.extra_reads(n_in, n_out), 1.0)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from .base import Criterion
+from .base import Criterion, State
 
 
 @dataclass(frozen=True)
@@ -15,5 +15,5 @@ class Magnitude(Criterion):
 
     name: ClassVar[str] = "magnitude"
 
-    def score(self, x: torch.Tensor, column_norms: torch.Tensor | None = None) -> torch.Tensor:
-        return x.detach().float().abs()
+    def score(self, z: torch.Tensor, state: State) -> torch.Tensor:
+        return z.detach().float().abs()

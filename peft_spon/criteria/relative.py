@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from .base import Criterion
+from .base import Criterion, State
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class Relative(Criterion):
 
     name: ClassVar[str] = "relative"
 
-    def score(self, x: torch.Tensor, column_norms: torch.Tensor | None = None) -> torch.Tensor:
-        return relative_to_rms(x.detach().float().abs())
+    def score(self, z: torch.Tensor, state: State) -> torch.Tensor:
+        return relative_to_rms(z.detach().float().abs())
 
 
 def relative_to_rms(score: torch.Tensor) -> torch.Tensor:

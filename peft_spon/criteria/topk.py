@@ -12,4 +12,4 @@ class TopK(Magnitude):
     """Keep the k largest |x_i| of every token: exact sparsity, no calibration, at the price of a selection."""
 
     name: ClassVar[str] = "topk"
-    uses_threshold: ClassVar[bool] = False
+    selects: ClassVar[str] = "topk"

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from .base import State
 from .relative import relative_to_rms
 from .wina import Wina
 
@@ -15,7 +16,7 @@ class Weighted(Wina):
     """Keep x_i when s_i > threshold * rms(s), s_i = |x_i| * ||W_:,i||. Ours: WINA with a threshold for its sort."""
 
     name: ClassVar[str] = "weighted"
-    uses_threshold: ClassVar[bool] = True
+    selects: ClassVar[str] = "threshold"
 
-    def score(self, x: torch.Tensor, column_norms: torch.Tensor | None = None) -> torch.Tensor:
-        return relative_to_rms(super().score(x, column_norms))
+    def score(self, z: torch.Tensor, state: State) -> torch.Tensor:
+        return relative_to_rms(super().score(z, state))

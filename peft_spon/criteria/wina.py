@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from .base import Criterion
+from .base import Criterion, Spec, State
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,7 @@ class Wina(Criterion):
     """
 
     name: ClassVar[str] = "wina"
-    uses_threshold: ClassVar[bool] = False
-    uses_column_norms: ClassVar[bool] = True
+    selects: ClassVar[str] = "topk"
 
     norm: float = 2.0
 
@@ -27,8 +26,11 @@ class Wina(Criterion):
         if not self.norm > 0:
             raise ValueError(f"Criterion '{self.name}': norm is {self.norm!r}; use a number above 0, e.g. 2.0.")
 
-    def score(self, x: torch.Tensor, column_norms: torch.Tensor | None = None) -> torch.Tensor:
-        return (x.detach().float() * column_norms).abs_()
+    def state(self, n_in: int, n_out: int) -> dict[str, Spec]:
+        return {"column_scale": Spec((n_in,))}
 
-    def norm_of_columns(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.float().norm(p=self.norm, dim=0)
+    def prepare(self, weight: torch.Tensor, moments: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        return {"column_scale": weight.float().norm(p=self.norm, dim=0)}
+
+    def score(self, z: torch.Tensor, state: State) -> torch.Tensor:
+        return (z.detach().float() * state["column_scale"]).abs_()
