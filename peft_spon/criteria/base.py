@@ -90,7 +90,7 @@ class Criterion:
         return weight, None
 
     def extra_reads(self, n_in: int, n_out: int) -> float:
-        """What a token reads beside the columns of W of its kept entries, as a share of W's entries. Counts as dense."""
+        """What a token reads beside W's columns of its kept entries, as a share of W's entries."""
         return 0.0
 
     def zeroed_share(self, sparsity: float, n_in: int, n_out: int) -> float:

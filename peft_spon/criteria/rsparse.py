@@ -14,14 +14,14 @@ class RSparse(Criterion):
     """
     S(x) = kept + V Vᵀ (x - kept): what is not kept still passes W's `rank` strongest input directions V.
 
-    W V Vᵀ is the truncated singular value decomposition U_r S_r V_rᵀ of W, so W S(x) = W kept + U_r S_r V_rᵀ (x - kept):
+    W V Vᵀ is the truncated singular value decomposition U_r S_r V_rᵀ of W: W S(x) = W kept + U_r S_r V_rᵀ (x - kept).
     R-Sparse, arXiv 2504.19449, section 3. Kept is x_i when |x_i| * ||W_:,i|| > threshold. The low-rank product is part
     of the budget: at sparsity s the channels get what it leaves of 1 - s.
 
     Args:
         rank (`int`, *optional*, defaults to 16): columns of V; r (in + out) weights are read for them at every token.
-        channel_share (`float`, *optional*): share of the budget 1 - s for channels, in (0, 1], whatever the rank costs;
-            default: what the rank leaves.
+        channel_share (`float`, *optional*): share of the budget 1 - s for channels, in (0, 1], whatever the rank
+            costs; default: what the rank leaves.
     """
 
     name: ClassVar[str] = "rsparse"
@@ -34,7 +34,7 @@ class RSparse(Criterion):
             raise ValueError(f"Criterion 'rsparse': rank is {self.rank!r}; use a whole number >= 0, e.g. 16.")
         if self.channel_share is not None and not 0 < self.channel_share <= 1:
             raise ValueError(
-                f"Criterion 'rsparse': channel_share is {self.channel_share!r}; use a number in (0, 1], or leave it out."
+                f"Criterion 'rsparse': channel_share is {self.channel_share!r}; use a number in (0, 1] or leave it out."
             )
 
     def state(self, n_in: int, n_out: int) -> dict[str, Spec]:
