@@ -14,7 +14,7 @@ class RSparse(Criterion):
     """
     S(x) = kept + V Vᵀ (x - kept): what is not kept still passes W's `rank` strongest input directions V.
 
-    W V Vᵀ is the truncated singular value decomposition U_r S_r V_rᵀ of W: W S(x) = W kept + U_r S_r V_rᵀ (x - kept).
+    W V Vᵀ is the truncated singular value decomposition of W, so W S(x) = W kept + U_r S_r V_rᵀ (x - kept):
     R-Sparse, arXiv 2504.19449, section 3. Kept is x_i when |x_i| * ||W_:,i|| > threshold. The low-rank product is part
     of the budget: at sparsity s the channels get what it leaves of 1 - s.
 
@@ -33,9 +33,7 @@ class RSparse(Criterion):
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 0:
             raise ValueError(f"Criterion 'rsparse': rank is {self.rank!r}; use a whole number >= 0, e.g. 16.")
         if self.channel_share is not None and not 0 < self.channel_share <= 1:
-            raise ValueError(
-                f"Criterion 'rsparse': channel_share is {self.channel_share!r}; use a number in (0, 1] or leave it out."
-            )
+            raise ValueError(f"Criterion 'rsparse': channel_share is {self.channel_share!r}; use a number in (0, 1].")
 
     def state(self, n_in: int, n_out: int) -> dict[str, Spec]:
         return {"column_scale": Spec((n_in,)), "directions": Spec((n_in, min(self.rank, n_in, n_out)))}

@@ -70,7 +70,7 @@ class Sparsifier:
         return self.criterion.decode(z * self.keep(z, state), z, state)
 
     def at(self, sparsity: float, state: State) -> tuple["Sparsifier", dict[str, torch.Tensor]]:
-        """The same S at another sparsity, and its state: thresholds are read off the stored quantiles, without data."""
+        """The same S at another sparsity, with its state: thresholds come from the stored quantiles, not from data."""
         new = replace(self, sparsity=sparsity)
         if not self.uses_threshold:
             return new, dict(state)
