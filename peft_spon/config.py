@@ -327,7 +327,10 @@ def make_criterion(name: str, dials: dict[str, Any]) -> Criterion:
         `ValueError`: unknown criterion, or a dial that it does not have.
     """
     if not isinstance(name, str) or name not in CRITERIA:
-        raise ValueError(f"criterion is {name!r}; use one of {', '.join(CRITERIA)}.")
+        raise ValueError(
+            f"criterion is {name!r}; use one of {', '.join(CRITERIA)}. (One from another package has to be registered "
+            "first: import that package.)"
+        )
     cls = CRITERIA[name]
     if not isinstance(dials, dict):
         raise ValueError(f"criterion_kwargs is {dials!r}; use a dictionary of dials.")

@@ -5,6 +5,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,19 +15,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import SponConfig
-from .sparse_linear import (
-    LayerSettings,
-    add_from,
-    dense_before,
-    first_sparse_token,
-    keep_mask,
-    make_sparse,
-)
-from .weights import column_norms, has_plain_weight, linear_sizes, through_weight
-
-
-# Points of the stored quantile table of a layer's scores: neighbours are 1/256 = 0.39 points of sparsity apart.
-QUANTILE_POINTS = 257
+from .criteria import Sparsifier
+from .repair import Repair, repaired_linear
+from .sparse_linear import LayerSettings, first_sparse_token, make_sparse, merged_specs
+from .weights import has_plain_weight, linear_sizes, prepared_state, through_weight
 
 
 class Fp32BufferDict(BufferDict):
@@ -80,15 +72,14 @@ class Fp32ParameterDict(nn.ParameterDict):
 
 @dataclass(frozen=True)
 class Merged:
-    """What several merged adapters come to: y = W (scale * S(x) + inner) + b + shift, S of the first of them.
+    """Several merged adapters: S of the first of them, one repair, and where its shift has gone.
 
-    `inner`, the input-side anchors, is only kept apart from the shift where W may still change: with LoRA beneath.
+    `repair.inner`, the input-side anchors, is only kept apart from the shift where W may still change: with LoRA
+    beneath.
     """
 
     first: str
-    scale: torch.Tensor | None
-    inner: torch.Tensor | None
-    shift: torch.Tensor | None
+    repair: Repair
     original_bias: torch.Tensor | None = None
     in_bias: bool = False
 
@@ -99,32 +90,37 @@ class SponLayer(BaseTunerLayer):
     Attributes:
         spon_anchor: trained anchors, fp32, shape (in,) or (out,) by the adapter's `anchor_space`.
         spon_gain: trained gains, fp32, shape (in,).
-        spon_threshold: calibrated thresholds on the criterion's score, fp32, shape (1,).
-        spon_quantiles: the score's quantiles at 0, 1/256, ..., 1, fp32, shape (257,): any sparsity without data.
-        spon_column_scale: norms of the columns of W for criteria that weigh by them, fp32, shape (in,).
         spon_settings: `LayerSettings` per adapter.
+        spon_<name>: for each name in the [`Sparsifier.specs`] of an adapter, its tensors: `spon_threshold`, ...
     """
 
     adapter_layer_names = ("spon_anchor", "spon_gain")
-    other_param_names = ("spon_threshold", "spon_quantiles", "spon_column_scale", "spon_settings")
 
     def __init__(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer
         self.spon_anchor = Fp32ParameterDict()
         self.spon_gain = Fp32ParameterDict()
-        self.spon_threshold = Fp32BufferDict()
-        self.spon_quantiles = Fp32BufferDict()
-        self.spon_column_scale = Fp32BufferDict()
         self.spon_settings: dict[str, LayerSettings] = {}
+        self.state_names: tuple[str, ...] = ()  # the containers of S's state, of all adapters
         self._disable_adapters = False
         self._anchors_enabled = True
         self._every_token = False
-        self._thresholds_seen: set[str] = set()  # adapters whose thresholds are known to be there
+        self._state_seen: set[str] = set()  # adapters whose calibrated state is known to be there
         self.adapters_run: set[str] = set()  # those that a forward has used
         self.trainable_choice: str | None = None  # see lora.set_trainable
         self.place = Place()
         self.merged_adapters = []
         self.in_features, self.out_features = linear_sizes(base_layer)
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        """PEFT's list of what is kept per adapter and not trained."""
+        return (*(f"spon_{name}" for name in self.state_names), "spon_settings")
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The containers of all tensors of adapters: what files hold."""
+        return (*self.adapter_layer_names, *(f"spon_{name}" for name in self.state_names))
 
     def update_layer(self, adapter_name: str, config: SponConfig, sparsity: float, has_anchor: bool) -> None:
         """Add an adapter to this layer.
@@ -136,22 +132,18 @@ class SponLayer(BaseTunerLayer):
             has_anchor (`bool`): whether this layer carries an anchor (and a gain), after `anchor_modules`.
         """
         criterion = config.make_criterion()
+        sparsifier = Sparsifier(criterion, self.in_features, self.out_features, sparsity, config.calibrated)
         self.adapters_run.discard(adapter_name)
-        self._thresholds_seen.discard(adapter_name)
-        self.spon_settings[adapter_name] = LayerSettings(
-            criterion, sparsity, config.prefill, config.anchor_space, config.calibrated
-        )
+        self._state_seen.discard(adapter_name)
+        self.spon_settings[adapter_name] = LayerSettings(sparsifier, config.prefill, config.anchor_space)
         if has_anchor:
             width = self.in_features if config.anchor_space == "input" else self.out_features
             self.spon_anchor[adapter_name] = nn.Parameter(initial_vector(width, config.init_weights))
             if config.gain:
                 self.spon_gain[adapter_name] = nn.Parameter(initial_vector(self.in_features, config.init_weights))
-        if criterion.uses_threshold and config.calibrated:
-            # Loading fills these. NaN marks them as missing until then.
-            self.spon_threshold[adapter_name] = torch.full((1,), math.nan)
-            self.spon_quantiles[adapter_name] = torch.full((QUANTILE_POINTS,), math.nan)
-        if criterion.uses_column_norms:
-            self.spon_column_scale[adapter_name] = column_norms(self.base_layer, criterion)
+        # Loading fills what comes from data. NaN marks it as missing until then.
+        missing = {n: torch.full(spec.shape, math.nan, dtype=spec.dtype) for n, spec in sparsifier.specs().items()}
+        self.set_state(adapter_name, {**missing, **prepared_state(self.base_layer, criterion)})
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -171,51 +163,77 @@ class SponLayer(BaseTunerLayer):
             if adapter_name in held and held[adapter_name].device not in (device, meta):
                 old = held[adapter_name]
                 held[adapter_name] = nn.Parameter(old.detach().to(device), requires_grad=old.requires_grad)
-        for name in ("spon_threshold", "spon_quantiles", "spon_column_scale"):
-            held = getattr(self, name)
+        for name in self.state_names:
+            held = getattr(self, f"spon_{name}")
             if adapter_name in held and held[adapter_name].device not in (device, meta):
                 held[adapter_name] = held[adapter_name].to(device)
 
-    def score(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """The criterion's fp32 scores of an input of shape (..., in)."""
-        criterion = self.spon_settings[adapter_name].criterion
-        norms = self.spon_column_scale[adapter_name] if criterion.uses_column_norms else None
-        return criterion.score(x, norms)
+    def sparsifier(self, adapter_name: str) -> Sparsifier:
+        """S of an adapter."""
+        return self.spon_settings[adapter_name].sparsifier
 
-    def keep_mask(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """1 where S keeps the entry, 0 where it zeroes it, in the dtype of x; x and the mask have shape (..., in)."""
-        settings = self.spon_settings[adapter_name]
-        threshold = self.spon_threshold[adapter_name] if settings.uses_threshold else None
-        unseen = threshold is not None and adapter_name not in self._thresholds_seen
-        if unseen and not torch.compiler.is_compiling():
-            if threshold.isnan():
+    def state(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """The tensors of an adapter's S, by the names of its specs.
+
+        Raises:
+            `ValueError`: the adapter is said to be calibrated, but nothing was loaded.
+        """
+        held = {name: getattr(self, f"spon_{name}") for name in self.state_names}
+        state = {name: tensors[adapter_name] for name, tensors in held.items() if adapter_name in tensors}
+        if adapter_name not in self._state_seen and not torch.compiler.is_compiling():
+            if any(tensor.isnan().any() for tensor in state.values() if not tensor.is_meta):
                 raise ValueError(
                     f"Adapter {adapter_name!r} is said to be calibrated but has no thresholds: its SponConfig is that "
                     "of a saved adapter. Load the adapter (PeftModel.from_pretrained), or set calibrated=False."
                 )
-            self._thresholds_seen.add(adapter_name)
-        norms = self.spon_column_scale[adapter_name] if settings.criterion.uses_column_norms else None
-        return keep_mask(x, settings, threshold, norms)
+            self._state_seen.add(adapter_name)
+        return state
+
+    def set_state(self, adapter_name: str, tensors: dict[str, torch.Tensor], calibrated: bool | None = None) -> None:
+        """Store tensors of an adapter's S; `calibrated=True`: with these, all of its state is there."""
+        for name, tensor in tensors.items():
+            if name not in self.state_names:
+                self.state_names = (*self.state_names, name)
+                setattr(self, f"spon_{name}", Fp32BufferDict())
+            getattr(self, f"spon_{name}")[adapter_name] = tensor
+        settings = self.spon_settings[adapter_name]
+        if calibrated is not None:
+            sparsifier = replace(settings.sparsifier, calibrated=calibrated)
+            self.spon_settings[adapter_name] = replace(settings, sparsifier=sparsifier)
+
+    def saved_state(self, adapter_name: str) -> tuple[LayerSettings, dict[str, torch.Tensor]]:
+        """What [`restore_state`] takes to undo a calibration."""
+        return self.spon_settings[adapter_name], dict(self.state(adapter_name))
+
+    def restore_state(self, adapter_name: str, saved: tuple[LayerSettings, dict[str, torch.Tensor]]) -> None:
+        """Settings and state of an adapter as they were; what has been added since goes."""
+        self.spon_settings[adapter_name], tensors = saved
+        for name in self.state_names:
+            held = getattr(self, f"spon_{name}")
+            if adapter_name in held:
+                del held[adapter_name]
+        self.set_state(adapter_name, tensors)
+
+    def score(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """The criterion's fp32 scores of what it makes of an input of shape (..., in)."""
+        criterion, state = self.sparsifier(adapter_name).criterion, self.state(adapter_name)
+        return criterion.score(criterion.encode(x, state), state)
 
     def sparsify(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """S(x), shape (..., in). The mask carries no gradient; kept entries pass theirs through unchanged."""
-        if self.spon_settings[adapter_name].sparsity == 0:
-            return x
-        return x * self.keep_mask(x, adapter_name)
+        return self.sparsifier(adapter_name)(x, self.state(adapter_name))
 
     def set_sparsity(self, adapter_name: str, sparsity: float) -> None:
         """Change the sparsity of an adapter; a calibrated threshold is read off the stored quantile table."""
-        settings = self.spon_settings[adapter_name]
-        self.spon_settings[adapter_name] = replace(settings, sparsity=sparsity)
-        if settings.uses_threshold:
-            self.spon_threshold[adapter_name] = threshold_at(self.spon_quantiles[adapter_name], sparsity)
+        sparsifier, state = self.sparsifier(adapter_name).at(sparsity, self.state(adapter_name))
+        self.spon_settings[adapter_name] = replace(self.spon_settings[adapter_name], sparsifier=sparsifier)
+        self.set_state(adapter_name, state)
 
     def set_quantiles(self, adapter_name: str, quantiles: torch.Tensor) -> None:
         """Store the quantile table that calibration found, shape (257,), and derive the threshold from it."""
-        settings = self.spon_settings[adapter_name]
-        self.spon_quantiles[adapter_name] = quantiles
-        self.spon_threshold[adapter_name] = threshold_at(quantiles, settings.sparsity)
-        self.spon_settings[adapter_name] = replace(settings, calibrated=True)
+        self.set_state(adapter_name, {"quantiles": quantiles}, calibrated=True)
+        self._state_seen.add(adapter_name)
+        self.set_sparsity(adapter_name, self.sparsifier(adapter_name).sparsity)
 
     def first_sparse_token(self, x: torch.Tensor, adapter_name: str) -> int:
         """Position on the token axis of x (..., tokens, in) where sparsity begins, by the adapter's `prefill`."""
@@ -223,62 +241,38 @@ class SponLayer(BaseTunerLayer):
             return 0
         return first_sparse_token(x, self.spon_settings[adapter_name].prefill)
 
-    def adapt_input(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
-        """(1 + gain) * S(x) + anchor for input-side anchors, shape (..., in).
-
-        With several active adapters S is the first one's; their gains multiply and their anchors add.
-        """
-        first = self.first_sparse_token(x, adapter_names[0])
-        if first > 0 and first >= x.shape[-2]:
-            return x
-        sparse = self.sparsify(x, adapter_names[0])
-        for name in adapter_names if self._anchors_enabled else []:
-            if name in self.spon_gain:
-                sparse = sparse * (1 + self.spon_gain[name]).to(sparse.dtype)
-            if name in self.spon_anchor and self.spon_settings[name].anchor_space == "input":
-                sparse = sparse + self.spon_anchor[name].to(sparse.dtype)
-        return dense_before(first, x, sparse)
-
-    def adapt_output(self, y: torch.Tensor, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
-        """y plus the output-side anchors of the adapters, on the sparse tokens of x; y has shape (..., out)."""
-        for name in adapter_names if self._anchors_enabled else []:
-            if name in self.spon_anchor and self.spon_settings[name].anchor_space == "output":
-                y = add_from(self.first_sparse_token(x, adapter_names[0]), y, self.spon_anchor[name])
-        return y
+    def repair(self, adapter_names: list[str]) -> Repair:
+        """Gains and anchors of some adapters, in the order in which they act, as they are trained: live, in fp32."""
+        repair = Repair()
+        for name in adapter_names:
+            gain = self.spon_gain[name] if name in self.spon_gain else None
+            anchor = self.spon_anchor[name] if name in self.spon_anchor else None
+            is_inside = self.spon_settings[name].anchor_space == "input"
+            repair = repair.then(gain, *((anchor, None) if is_inside else (None, anchor)))
+        return repair
 
     @torch.no_grad()
-    def merged_effect(self, adapter_names: list[str], safe_merge: bool = False) -> Merged:
-        """Gains and anchors of some adapters as one scale (in,) and one shift (out,), in fp32.
+    def merged_repair(self, adapter_names: list[str], safe_merge: bool = False) -> Repair:
+        """That repair as constants; input-side anchors α as the shift W α.
+
+        With LoRA beneath they stay in front of W + B A, so that a merged layer follows its LoRA.
 
         Args:
             adapter_names (`list[str]`): adapters of this layer, in the order in which they act.
             safe_merge (`bool`, *optional*, defaults to `False`): raise `ValueError` if something is NaN or infinite.
-
-        With LoRA beneath, input-side anchors stay in front of W + B A, so that a merged layer follows its LoRA.
         """
-        scale = inner = shift = None
-        for name in adapter_names:
-            if name in self.spon_gain:
-                factor = 1 + self.spon_gain[name].detach()
-                scale = factor if scale is None else scale * factor
-                inner = None if inner is None else inner * factor  # an earlier anchor passes later gains
-            if name in self.spon_anchor:
-                anchor = self.spon_anchor[name].detach().clone()
-                if self.spon_settings[name].anchor_space == "input":
-                    inner = anchor if inner is None else inner + anchor
-                else:
-                    shift = anchor if shift is None else shift + anchor
+        live = self.repair(adapter_names)
+        scale, inner, shift = (None if t is None else t.detach().clone() for t in (live.scale, live.inner, live.shift))
         if inner is not None and not isinstance(self.base_layer, BaseTunerLayer):
             through = through_weight(self.base_layer, inner)
-            shift = through if shift is None else shift + through
-            inner = None
+            inner, shift = None, through if shift is None else shift + through
         found = [value for value in (scale, inner, shift) if value is not None]
         if safe_merge and not all(torch.isfinite(value).all() for value in found):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken: "
                 f"not finite in a layer of {self.in_features} to {self.out_features} features. Nothing was merged."
             )
-        return Merged(adapter_names[0], scale, inner, shift)
+        return Repair(scale, inner, shift)
 
 
 class SponLinear(nn.Module, SponLayer):
@@ -308,18 +302,26 @@ class SponLinear(nn.Module, SponLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
+        linear = partial(self.base_layer, *args, **kwargs) if args or kwargs else self.base_layer
         if self._merged is not None:
-            return self._merged_forward(self._merged, x, *args, **kwargs)
+            first, repair = self._merged.first, self._merged.repair
+            if self._merged.in_bias:
+                repair = replace(repair, shift=None)
+            return self._sparse_forward(x, linear, first, repair)
         active = [name for name in self.active_adapters if name in self.spon_settings]
         if not active:
-            return self.base_layer(x, *args, **kwargs)
+            return linear(x)
         if not torch.compiler.is_compiling():
             self.adapters_run.update(active)
-        y = self.base_layer(self.adapt_input(x, active), *args, **kwargs)
-        return self.adapt_output(y, x, active)
+        return self._sparse_forward(x, linear, active[0], self.repair(active if self._anchors_enabled else []))
+
+    def _sparse_forward(self, x: torch.Tensor, linear: Callable, first: str, repair: Repair) -> torch.Tensor:
+        """S and `prefill` of the adapter `first`, and a repair."""
+        start = self.first_sparse_token(x, first)
+        return repaired_linear(x, linear, self.sparsifier(first), self.state(first), repair, start)
 
     def _mixed_batch_forward(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any):
-        """One adapter name per row of the batch; "__base__" rows stay dense. Still one GEMM for all rows."""
+        """One adapter name per row of the batch; "__base__" rows stay dense."""
         if self.merged:
             raise ValueError("adapter_names cannot choose among merged adapters; call unmerge_adapter() first.")
         if len(adapter_names) != x.shape[0]:
@@ -327,28 +329,18 @@ class SponLinear(nn.Module, SponLayer):
                 f"adapter_names has {len(adapter_names)} entries but this layer's input has {x.shape[0]} rows; give "
                 "one name per sample. Models that flatten batch and tokens before a layer cannot mix adapters there."
             )
-        rows = {
-            name: torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=x.device)
-            for name in dict.fromkeys(adapter_names)
-            if name in self.spon_settings
-        }
-        adapted = x.clone()
-        for name, index in rows.items():
-            adapted[index] = self.adapt_input(x[index], [name])
-        y = self.base_layer(adapted, *args, **kwargs)
-        for name, index in rows.items():
-            y = y.index_copy(0, index, self.adapt_output(y[index], x[index], [name]))
+        linear = partial(self.base_layer, *args, **kwargs)
+        y = None
+        for name in dict.fromkeys(adapter_names):
+            index = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=x.device)
+            rows = x[index]
+            if name in self.spon_settings:
+                part = self._sparse_forward(rows, linear, name, self.repair([name] if self._anchors_enabled else []))
+            else:
+                part = linear(rows)
+            y = part.new_empty(x.shape[0], *part.shape[1:]) if y is None else y
+            y = y.index_copy(0, index, part)
         return y
-
-    def _merged_forward(self, merged: Merged, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        first = self.first_sparse_token(x, merged.first)
-        sparse = self.sparsify(x, merged.first)
-        if merged.scale is not None:
-            sparse = sparse * merged.scale.to(sparse.dtype)
-        if merged.inner is not None:
-            sparse = sparse + merged.inner.to(sparse.dtype)
-        y = self.base_layer(dense_before(first, x, sparse), *args, **kwargs)
-        return y if merged.shift is None or merged.in_bias else add_from(first, y, merged.shift)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """b' = b + W anchor, in fp32. S stays active, gains stay a scale of the input: W is not touched.
@@ -367,19 +359,18 @@ class SponLinear(nn.Module, SponLayer):
         before = list(self.merged_adapters)
         self.unmerge()
         try:
-            merged = self.merged_effect(names, safe_merge)
+            repair = self.merged_repair(names, safe_merge)
         except ValueError:
             if before:
                 self.merge(adapter_names=before)
             raise
         base = self.base_layer
-        in_bias = (
-            merged.shift is not None and has_plain_weight(base) and self.spon_settings[names[0]].prefill == "sparse"
-        )
-        if in_bias:
+        is_plain = has_plain_weight(base) and self.spon_settings[names[0]].prefill == "sparse"
+        merged = Merged(names[0], repair)
+        if repair.shift is not None and is_plain:
             bias = base.bias
             merged = replace(merged, original_bias=bias, in_bias=True)
-            total = merged.shift if bias is None else bias.detach().float() + merged.shift
+            total = repair.shift if bias is None else bias.detach().float() + repair.shift
             base.bias = nn.Parameter(total.to(base.weight.dtype), requires_grad=False)
         self._merged = merged
         self.merged_adapters = names
@@ -419,15 +410,10 @@ class SponLinear(nn.Module, SponLayer):
         if not merge or not names:
             return self.base_layer
         base = self.base_layer
-        merged = self.merged_effect(names, safe_merge)
-        settings = self.spon_settings[names[0]]
-        state = {
-            "spon_threshold": self.spon_threshold[names[0]] if settings.uses_threshold else None,
-            "spon_column_scale": self.spon_column_scale[names[0]] if settings.criterion.uses_column_norms else None,
-            "spon_input_scale": merged.scale,
-            "spon_shift": merged.shift,
-        }
-        return make_sparse(base, settings, state)
+        repair = self.merged_repair(names, safe_merge)
+        settings, state = self.spon_settings[names[0]], self.state(names[0])
+        tensors = {name: state[name.removeprefix("spon_")] for name in merged_specs(settings.sparsifier)}
+        return make_sparse(base, settings, {**tensors, "spon_input_scale": repair.scale, "spon_shift": repair.shift})
 
     def __repr__(self) -> str:
         return "spon." + super().__repr__()
@@ -455,10 +441,3 @@ def plain_name(name: str) -> str:
 def initial_vector(width: int, zeros: bool) -> torch.Tensor:
     """fp32 vector of zeros, or of small random numbers."""
     return torch.zeros(width) if zeros else torch.randn(width) * 0.1
-
-
-def threshold_at(quantiles: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """Threshold, shape (1,), under which a share `sparsity` of the scores lies, interpolated in the quantile table."""
-    position = sparsity * (len(quantiles) - 1)
-    low = min(int(position), len(quantiles) - 2)
-    return torch.lerp(quantiles[low], quantiles[low + 1], position - low).reshape(1)

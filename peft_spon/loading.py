@@ -9,7 +9,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .checksums import tensors_checksum
-from .layer import SponLayer, plain_name, threshold_at
+from .criteria import Spec
+from .layer import SponLayer, plain_name
+
+
+NOT_CALIBRATED = Spec(())
 
 
 def own_checksum(state_dict: dict[str, torch.Tensor]) -> str | None:
@@ -25,7 +29,8 @@ def find_problem(model: nn.Module, adapter_name: str, state_dict: dict[str, torc
     for module_name, layer in model.named_modules():
         if not isinstance(layer, SponLayer) or adapter_name not in layer.spon_settings:
             continue
-        for part in (*layer.adapter_layer_names, "spon_threshold", "spon_quantiles", "spon_column_scale"):
+        specs = layer.sparsifier(adapter_name).specs()
+        for part in layer.tensor_names:
             held = getattr(layer, part)
             if adapter_name not in held:
                 continue
@@ -34,7 +39,7 @@ def find_problem(model: nn.Module, adapter_name: str, state_dict: dict[str, torc
             if key not in state_dict:
                 remedy = (
                     "calibrate() the adapter again and save it"
-                    if part in ("spon_threshold", "spon_quantiles")
+                    if specs.get(part.removeprefix("spon_"), NOT_CALIBRATED).from_data
                     else "load the adapter onto the model it was trained for"
                 )
                 return (
@@ -64,16 +69,14 @@ def find_other_settings(model: nn.Module, adapter_name: str, state_dict: dict[st
     for module_name, layer in model.named_modules():
         if not isinstance(layer, SponLayer) or adapter_name not in layer.spon_settings:
             continue
-        for part in (*layer.adapter_layer_names, "spon_threshold", "spon_quantiles", "spon_column_scale"):
+        for part in layer.tensor_names:
             if adapter_name in getattr(layer, part):
                 expected.add(f"{module_name}.{part}.{adapter_name}")
-        if adapter_name not in layer.spon_threshold:
-            continue
-        sparsity = layer.spon_settings[adapter_name].sparsity
-        found, quantiles = (
-            state_dict[f"{module_name}.{part}.{adapter_name}"] for part in ("spon_threshold", "spon_quantiles")
-        )
-        if not torch.allclose(found, threshold_at(quantiles, sparsity), rtol=1e-4):
+        sparsifier = layer.sparsifier(adapter_name)
+        sparsity = sparsifier.sparsity
+        found = {name: state_dict[f"{module_name}.spon_{name}.{adapter_name}"] for name in sparsifier.specs()}
+        _, wanted = sparsifier.at(sparsity, found)
+        if any(not torch.allclose(found[name], wanted[name], rtol=1e-4) for name in found):
             return (
                 f"{SAFETENSORS_WEIGHTS_NAME}: The threshold of layer '{plain_name(module_name)}' is not that of "
                 f"sparsity {sparsity}, as adapter {adapter_name!r} has it here; load the file under another name, or "

@@ -30,7 +30,8 @@ from ._version import __version__
 from .cards import keep_card_on_hub, merged_card, replaceable_card
 from .checksums import fields_checksum, fingerprint, tensors_checksum
 from .config import check_prefill, check_sparsity, check_version, make_criterion
-from .sparse_linear import STATE, LayerSettings, SparseMixin, make_sparse
+from .criteria import Sparsifier
+from .sparse_linear import REPAIR, LayerSettings, SparseMixin, make_sparse, merged_specs
 from .weights import has_plain_weight
 
 
@@ -67,11 +68,11 @@ class SponMergedConfig(QuantizationConfigMixin):
         found = {"layers": layers, "weights": weights, "checksum": checksum, "peft_spon_version": peft_spon_version}
         for name, value in found.items():
             if not isinstance(value, dict if name in ("layers", "weights") else str):
-                raise ValueError(f"config.json: quantization_config.{name} is {value!r}; {REPAIR}")
+                raise ValueError(f"config.json: quantization_config.{name} is {value!r}; {SAVE_AGAIN}")
             setattr(self, name, value)
         check_version(peft_spon_version, "config.json: quantization_config.peft_spon_version")
         if fields_checksum({"layers": layers, "weights": weights}) != checksum:
-            raise ValueError(f"config.json: quantization_config is not as it was saved; {REPAIR}")
+            raise ValueError(f"config.json: quantization_config is not as it was saved; {SAVE_AGAIN}")
         unknown = set(kwargs)
         for entry in layers.values():
             unknown |= set(entry) - ENTRY
@@ -82,7 +83,7 @@ class SponMergedConfig(QuantizationConfigMixin):
             )
 
 
-REPAIR = "the file is damaged or was edited; save the merged model again."
+SAVE_AGAIN = "the file is damaged or was edited; save the merged model again."
 
 
 def describe(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None) -> SponMergedConfig:
@@ -108,23 +109,19 @@ def is_readable(tensor: torch.Tensor) -> bool:
 
 
 def layer_entry(layer: SparseMixin) -> dict[str, Any]:
-    settings = layer.spon_settings
+    settings, own = layer.spon_settings, layer.own_tensors()
+    sparsifier = settings.sparsifier
     return {
-        "criterion": settings.criterion.name,
-        "criterion_kwargs": asdict(settings.criterion),
-        "sparsity": settings.sparsity,
+        "criterion": sparsifier.criterion.name,
+        "criterion_kwargs": asdict(sparsifier.criterion),
+        "sparsity": sparsifier.sparsity,
         "prefill": settings.prefill,
-        "calibrated": settings.calibrated,
+        "calibrated": sparsifier.calibrated,
         # Also here: JSON holds every bit, while transformers 4 casts tensors to the dtype of the model.
-        "threshold": None if layer.spon_threshold is None else layer.spon_threshold.item(),
-        "state": list(own_tensors(layer)),
-        "checksum": tensors_checksum(own_tensors(layer)),
+        "threshold": own["spon_threshold"].item() if "spon_threshold" in own else None,
+        "state": list(own),
+        "checksum": tensors_checksum(own),
     }
-
-
-def own_tensors(layer: SparseMixin) -> dict[str, torch.Tensor]:
-    """What SPON stores beside the weight of a layer."""
-    return {name: getattr(layer, name) for name in STATE if getattr(layer, name) is not None}
 
 
 # ---- saving ------------------------------------------------------------------------------------------------------
@@ -244,13 +241,15 @@ class SponQuantizer(HfQuantizer):
             layer = find_layer(model, name)
             if layer is None:
                 continue
-            settings, names = read_entry(name, entry)
-            sizes = {"spon_threshold": 1, "spon_shift": layer_sizes(layer)[1]}
-            device = layer.weight.device
-            state = {
-                part: torch.full((sizes.get(part, layer_sizes(layer)[0]),), torch.nan, device=device) for part in names
+            n_in, n_out = layer_sizes(layer)
+            settings, names = read_entry(name, entry, n_in, n_out)
+            shapes = {part: spec.shape for part, spec in merged_specs(settings.sparsifier).items()}
+            shapes |= {"spon_input_scale": (n_in,), "spon_shift": (n_out,)}
+            missing = {
+                part: torch.full(shapes[part], torch.nan, dtype=torch.float32, device=layer.weight.device)
+                for part in names
             }
-            make_sparse(layer, settings, {part: tensor.float() for part, tensor in state.items()})
+            make_sparse(layer, settings, missing)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -258,9 +257,8 @@ class SponQuantizer(HfQuantizer):
         layers = {name: layer for name in config.layers if (layer := find_layer(model, name)) is not None}
         was_cast = False
         for name, layer in layers.items():
-            for part in STATE:
-                value = getattr(layer, part)
-                if value is not None and value.dtype != torch.float32:
+            for part, value in layer.own_tensors().items():
+                if value.dtype != torch.float32:
                     # transformers 4 casts all that it loads to the dtype of the model.
                     was_cast = was_cast or value.dtype == model.dtype
                     setattr(layer, part, value.float())
@@ -323,7 +321,7 @@ def layer_sizes(layer: nn.Module) -> tuple[int, int]:
     return into, out
 
 
-def read_entry(name: str, entry: dict[str, Any]) -> tuple[LayerSettings, list[str]]:
+def read_entry(name: str, entry: dict[str, Any], n_in: int, n_out: int) -> tuple[LayerSettings, list[str]]:
     """Settings of a layer and the names of its buffers.
 
     Raises:
@@ -333,13 +331,12 @@ def read_entry(name: str, entry: dict[str, Any]) -> tuple[LayerSettings, list[st
         check_sparsity(entry["sparsity"], {})
         check_prefill(entry["prefill"])
         criterion = make_criterion(entry["criterion"], entry["criterion_kwargs"])
-        settings = LayerSettings(criterion, entry["sparsity"], entry["prefill"], "output", bool(entry["calibrated"]))
-        needed = {"spon_threshold": settings.uses_threshold, "spon_column_scale": criterion.uses_column_norms}
-        wrong = [part for part, needs in needed.items() if needs != (part in entry["state"])]
-        if wrong or not set(entry["state"]) <= set(STATE):
+        sparsifier = Sparsifier(criterion, n_in, n_out, entry["sparsity"], bool(entry["calibrated"]))
+        settings = LayerSettings(sparsifier, entry["prefill"], "output")
+        if set(entry["state"]) - set(REPAIR) != set(merged_specs(sparsifier)):
             raise ValueError(f"state is {entry['state']}, which does not fit criterion {criterion.name!r}.")
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"config.json: layer '{name}': {error} {REPAIR.capitalize()}") from None
+        raise ValueError(f"config.json: layer '{name}': {error} {SAVE_AGAIN.capitalize()}") from None
     return settings, entry["state"]
 
 
@@ -348,7 +345,7 @@ def find_problem(
 ) -> str | None:
     """What is wrong with a model that was just loaded: values not finite, or not those that were saved. Or None."""
     for name, layer in layers.items():
-        own = own_tensors(layer)
+        own = layer.own_tensors()
         is_finite = all(not value.is_meta and torch.isfinite(value).all() for value in own.values())
         if not is_finite or (exact and tensors_checksum(own) != config.layers[name]["checksum"]):
             return (
@@ -363,7 +360,7 @@ def find_problem(
         dtype, shape, _ = f"{saved}  ".split(" ")[:3]
         saved_dtype = getattr(torch, dtype, None)
         if not isinstance(saved_dtype, torch.dtype):
-            return f"config.json: the fingerprint of weight '{name}' is {saved!r}; {REPAIR}"
+            return f"config.json: the fingerprint of weight '{name}' is {saved!r}; {SAVE_AGAIN}"
         is_float = parameter.is_floating_point()
         is_cast_down = is_float and torch.promote_types(saved_dtype, parameter.dtype) != parameter.dtype
         resized = shape != "x".join(str(size) for size in parameter.shape)

@@ -225,7 +225,7 @@ class SponModel(BaseTuner):
                 )
             names = layer.names_to_merge(adapter_names)
             if safe_merge and names:
-                layer.merged_effect(names, safe_merge)
+                layer.merged_repair(names, safe_merge)
         if safe_merge:
             check_finite(lora_layers(self.model))
         if adapter_names is not None and lora_layers(self.model):

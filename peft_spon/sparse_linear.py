@@ -5,7 +5,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import MethodType
 from typing import Any
 
@@ -13,46 +13,17 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .criteria import Criterion, keep_above, keep_top_k
-
-
-# Buffers of a merged layer; those that it does not need are None.
-STATE = ("spon_threshold", "spon_column_scale", "spon_input_scale", "spon_shift")
+from .criteria import Sparsifier, Spec
+from .repair import Repair, repaired_linear
 
 
 @dataclass(frozen=True)
 class LayerSettings:
     """What one adapter asks of one layer."""
 
-    criterion: Criterion
-    sparsity: float
+    sparsifier: Sparsifier
     prefill: str | float
     anchor_space: str
-    calibrated: bool
-
-    @property
-    def uses_threshold(self) -> bool:
-        """True: S compares with the stored threshold. False: it takes each token's k best entries."""
-        return self.calibrated and self.criterion.uses_threshold
-
-
-def keep_mask(
-    x: torch.Tensor, settings: LayerSettings, threshold: torch.Tensor | None, norms: torch.Tensor | None
-) -> torch.Tensor:
-    """1 where S keeps the entry, 0 where it zeroes it, in the dtype of x; x and the mask have shape (..., in).
-
-    Args:
-        x (`torch.Tensor`): the layer's input.
-        settings (`LayerSettings`): criterion and sparsity.
-        threshold (`torch.Tensor` or `None`): fp32, shape (1,); only read if the settings use one.
-        norms (`torch.Tensor` or `None`): fp32 column norms of W, shape (in,), for criteria that weigh by them.
-    """
-    if settings.sparsity == 0:
-        return torch.ones_like(x)
-    score = settings.criterion.score(x, norms)
-    if settings.uses_threshold:
-        return keep_above(score, threshold, x.dtype)
-    return keep_top_k(score, settings.sparsity, x.dtype)
 
 
 def first_sparse_token(x: torch.Tensor, prefill: str | float) -> int:
@@ -63,31 +34,27 @@ def first_sparse_token(x: torch.Tensor, prefill: str | float) -> int:
     return tokens if prefill == "dense" else math.ceil(prefill * tokens)
 
 
-def dense_before(first: int, x: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
-    """sparse, shape (..., tokens, in), with its first tokens taken from x."""
-    return sparse if first == 0 else torch.cat([x[..., :first, :], sparse[..., first:, :]], dim=-2)
+# What a merged layer has for its repair, beside the state of its S; each None where it is not needed.
+REPAIR = ("spon_input_scale", "spon_shift")
 
 
-def add_from(first: int, y: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """y, shape (..., tokens, out), plus a shift of shape (out,) on all but its first tokens."""
-    shift = shift.to(y.dtype)
-    if first > 0:
-        shift = (torch.arange(y.shape[-2], device=y.device) >= first).unsqueeze(-1) * shift
-    return y + shift
+def merged_specs(sparsifier: Sparsifier) -> dict[str, Spec]:
+    """What of S a merged layer keeps, by the names of its buffers: no quantiles, since it has no dial."""
+    return {f"spon_{name}": spec for name, spec in sparsifier.specs().items() if name != "quantiles"}
 
 
 class SparseMixin:
     """A linear layer whose input S sparsifies: y = W (scale * S(x)) + b + shift. In front of the layer's own class.
 
     `weight` and `bias` are those of the dense layer, untouched. What SPON adds is beside them, in fp32 whatever the
-    dtype of the model, each None where it is not needed:
+    dtype of the model:
 
     Attributes:
-        spon_shift: W times the anchor (or the output-side anchor), shape (out,).
-        spon_input_scale: 1 + gain, shape (in,).
-        spon_threshold: threshold on the criterion's score, shape (1,).
-        spon_column_scale: norms of the columns of W for criteria that weigh by them, shape (in,).
+        spon_shift: W times the anchor (or the output-side anchor), shape (out,), or None.
+        spon_input_scale: 1 + gain, shape (in,), or None.
         spon_settings: `LayerSettings`.
+
+    and `spon_<name>` for every name in [`merged_specs`], such as `spon_threshold`.
     """
 
     spon_settings: LayerSettings
@@ -95,23 +62,25 @@ class SparseMixin:
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         # As with the adapter, training makes every token sparse.
         first = 0 if self.training else first_sparse_token(x, self.spon_settings.prefill)
-        if first > 0 and first >= x.shape[-2]:
-            return super().forward(x, *args, **kwargs)
-        sparse = x
-        if self.spon_settings.sparsity > 0:
-            sparse = x * keep_mask(x, self.spon_settings, self.spon_threshold, self.spon_column_scale)
-        if self.spon_input_scale is not None:
-            sparse = sparse * self.spon_input_scale.to(sparse.dtype)
-        sparse = dense_before(first, x, sparse)
-        if self.spon_shift is None:
-            return super().forward(sparse, *args, **kwargs)
-        if first == 0 and (fused := self.fused_forward(sparse)) is not None:
-            return fused
-        return add_from(first, super().forward(sparse, *args, **kwargs), self.spon_shift)
+        linear, shift = partial(super().forward, *args, **kwargs), self.spon_shift
+        if first == 0 and shift is not None and self.shifted_forward is not None:
+            linear, shift = self.shifted_forward, None
+        repair = Repair(self.spon_input_scale, None, shift)
+        return repaired_linear(x, linear, self.spon_settings.sparsifier, self.sparsifier_state(), repair, first)
 
-    def fused_forward(self, sparse: torch.Tensor) -> torch.Tensor | None:
-        """W sparse + b' in one GEMM, where the layer's class allows it."""
-        return None
+    # W x + b' in one GEMM, where the layer's class allows it.
+    shifted_forward: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def sparsifier_state(self) -> dict[str, torch.Tensor]:
+        """The state of S."""
+        return {
+            name.removeprefix("spon_"): getattr(self, name) for name in merged_specs(self.spon_settings.sparsifier)
+        }
+
+    def own_tensors(self) -> dict[str, torch.Tensor]:
+        """What SPON has beside the weight."""
+        names = (*merged_specs(self.spon_settings.sparsifier), *REPAIR)
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def merged_bias(self) -> torch.Tensor:
         """b' = b + W anchor, added in fp32, in the dtype of the weight, shape (out,)."""
@@ -119,16 +88,16 @@ class SparseMixin:
         return shift.to(self.weight.dtype)
 
     def _apply(self, fn: Callable, recurse: bool = True):
-        before = {name: getattr(self, name) for name in STATE}
+        before = self.own_tensors()
         super()._apply(fn, recurse)
         for name, old in before.items():
-            if old is not None and getattr(self, name).dtype != old.dtype:
+            if getattr(self, name).dtype != old.dtype:
                 setattr(self, name, old.to(getattr(self, name).device))
         return self
 
     def extra_repr(self) -> str:
-        settings = self.spon_settings
-        return f"{super().extra_repr()}, criterion={settings.criterion.name}, sparsity={settings.sparsity}"
+        s = self.spon_settings.sparsifier
+        return f"{super().extra_repr()}, criterion={s.criterion.name}, sparsity={s.sparsity}"
 
     def __reduce_ex__(self, protocol: int):
         # Classes made by sparse_class() have no importable name.
@@ -139,16 +108,16 @@ class SparseMixin:
 class SparseLinear(SparseMixin, nn.Linear):
     """nn.Linear with S on its input."""
 
-    def fused_forward(self, sparse: torch.Tensor) -> torch.Tensor | None:
-        return nn.functional.linear(sparse, self.weight, self.merged_bias())
+    def shifted_forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.merged_bias())
 
 
 class SparseConv1D(SparseMixin, Conv1D):
     """transformers' Conv1D (GPT-2) with S on its input."""
 
-    def fused_forward(self, sparse: torch.Tensor) -> torch.Tensor | None:
-        flat = torch.addmm(self.merged_bias(), sparse.reshape(-1, sparse.shape[-1]), self.weight)
-        return flat.view(*sparse.shape[:-1], self.nf)
+    def shifted_forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = torch.addmm(self.merged_bias(), x.reshape(-1, x.shape[-1]), self.weight)
+        return flat.view(*x.shape[:-1], self.nf)
 
 
 @cache
@@ -163,21 +132,21 @@ def _new_sparse(base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def make_sparse(layer: nn.Module, settings: LayerSettings, state: dict[str, torch.Tensor | None]) -> nn.Module:
+def make_sparse(layer: nn.Module, settings: LayerSettings, tensors: dict[str, torch.Tensor | None]) -> nn.Module:
     """Turn a linear layer, in place, into one of its sparse class.
 
     Args:
         layer (`nn.Module`): the dense layer; it keeps its weight, bias, hooks and place in the model.
         settings (`LayerSettings`): criterion, sparsity, prefill.
-        state (`dict`): the buffers by their names in `STATE`.
+        tensors (`dict`): the buffers by their names in [`merged_specs`] and `REPAIR`.
 
     Returns:
         `nn.Module`: the same object.
     """
     layer.__class__ = sparse_class(type(layer))
     layer.spon_settings = settings
-    for name in STATE:
-        layer.register_buffer(name, state.get(name))
+    for name in (*merged_specs(settings.sparsifier), *REPAIR):
+        layer.register_buffer(name, tensors.get(name))
     if "_old_forward" in vars(layer):
         # accelerate's hooks (device_map) call the forward that the layer had when they were added.
         layer._old_forward = MethodType(type(layer).forward, layer)

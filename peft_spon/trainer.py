@@ -27,13 +27,14 @@ try:
 except ImportError as error:
     raise ImportError("SponTrainer needs TRL and datasets: pip install 'peft_spon[train]'") from error
 
-from .calibration import Removed, calibrate, removed_by_s
+from .calibration import calibrate
 from .config import SponConfig
 from .distillation import SelfDistillation, without_dropout
 from .layer import SponLayer, spon_layers
 from .lora import active_lora, apply_trainable, trainable_choice
 from .model import adapter_config, resolve_adapter
 from .modes import differentiable, evaluation_mode, every_token_sparse
+from .statistics import Removed, removed_by_s
 
 
 logger = logging.get_logger(__name__)
@@ -322,7 +323,7 @@ class SponTrainer(SFTTrainer):
         calibrate(self.model, refit=True, max_tokens=tokens, progress=False, **self._calibration_data())
 
     def _has_thresholds(self) -> bool:
-        return adapter_config(self.model, self.adapter_name).make_criterion().uses_threshold
+        return adapter_config(self.model, self.adapter_name).make_criterion().selects == "threshold"
 
     def _calibration_data(self) -> dict[str, Any]:
         """The same tokens in the same blocks whatever the batch size and the number of processes."""

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_spon authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What SPON reads off a linear layer, plain, quantised or wrapped: sizes, W v, norms of W's columns."""
+"""What SPON reads off a linear layer, plain, quantised or wrapped: sizes, W v, a criterion's state."""
 
 import math
 
@@ -81,25 +81,33 @@ def through_weight(layer: nn.Module, vector: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def column_norms(layer: nn.Module, criterion: Criterion, chunk: int = 512) -> torch.Tensor:
-    """fp32 norms, shape (in,), of the columns of the layer's weight, by the criterion's order.
-
-    Weights are read where that is possible; anything else (offloaded, LoRA inside) is probed with unit vectors.
+def prepared_state(
+    layer: nn.Module, criterion: Criterion, moments: torch.Tensor | None = None, chunk: int = 512
+) -> dict[str, torch.Tensor]:
     """
+    The criterion's state for a layer, from its weight and, for what comes from data, the moments of its input.
+
+    Weights are read where that is possible; anything else (offloaded, LoRA inside) is probed with unit vectors. NaN
+    where there are no weights yet: loading or a broadcast from rank 0 fills it in.
+    """
+    n_in, n_out = linear_sizes(layer)
+    specs = {n: s for n, s in criterion.state(n_in, n_out).items() if moments is not None or not s.from_data}
+    if not specs:
+        return {}
     weight = read_weight(layer)
-    if weight is not None:
-        return criterion.norm_of_columns(weight)
-    width, _ = linear_sizes(layer)
-    reference = next(layer.parameters())
-    if reference.is_meta and not hasattr(layer, "_hf_hook"):
-        return torch.full((width,), math.nan)  # no weights yet; loading or a broadcast from rank 0 fills this
-    device = torch.device("cpu") if reference.is_meta else reference.device
-    norms = []
-    for first in range(0, width, chunk):
-        rows = torch.zeros(min(chunk, width - first), width, device=device)
-        rows[:, first:].fill_diagonal_(1)
-        norms.append(criterion.norm_of_columns(probe(layer, rows).T))
-    return torch.cat(norms)
+    if weight is None:
+        reference = next(layer.parameters())
+        if reference.is_meta and not hasattr(layer, "_hf_hook"):
+            return {name: torch.full(spec.shape, math.nan, dtype=spec.dtype) for name, spec in specs.items()}
+        device = torch.device("cpu") if reference.is_meta else reference.device
+        columns = []
+        for first in range(0, n_in, chunk):
+            rows = torch.zeros(min(chunk, n_in - first), n_in, device=device)
+            rows[:, first:].fill_diagonal_(1)
+            columns.append(probe(layer, rows))
+        weight = torch.cat(columns).T
+    state = criterion.prepare(weight, moments)
+    return {name: state[name] for name in specs}
 
 
 @torch.no_grad()

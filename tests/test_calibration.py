@@ -14,12 +14,13 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_spon import CRITERIA, SponConfig, calibrate, evaluate
-from peft_spon.calibration import ScoreHistogram, bin_counts
-from peft_spon.layer import spon_layers, threshold_at
+from peft_spon.criteria import threshold_at
+from peft_spon.layer import spon_layers
 from peft_spon.modes import dense_mode
+from peft_spon.statistics import ScoreHistogram, bin_counts
 
 
-THRESHOLD_CRITERIA = sorted(name for name, c in CRITERIA.items() if c.uses_threshold)
+THRESHOLD_CRITERIA = sorted(name for name, c in CRITERIA.items() if c.selects == "threshold")
 
 
 def batches(count=4, rows=4, tokens=32):
@@ -84,11 +85,12 @@ def test_every_layer_is_within_half_a_point_of_the_wanted_sparsity(family, crite
     result = calibrate(model, data)
     seen = scores_seen(model, data)
     for layer in result.layers:
-        tau = spon_layers(model)[layer.name].spon_threshold["default"]
-        realised = (seen[layer.name] <= tau).double().mean().item()
+        adapted = spon_layers(model)[layer.name]
+        tau, sparsifier = adapted.spon_threshold["default"], adapted.sparsifier("default")
+        zeroed = (seen[layer.name] <= tau).double().mean().item()
         zeros = (seen[layer.name] == 0).double().mean().item()  # ReLU's, which no threshold can keep apart
-        assert abs(realised - max(sparsity, zeros)) <= 0.005, layer
-        assert abs(layer.realised - realised) <= 0.005
+        assert abs(zeroed - max(sparsifier.zeroed_share, zeros)) <= 0.005, layer
+        assert abs(layer.realised - sparsifier.unread(zeroed)) <= 0.005
         assert layer.threshold == tau.item()
     assert len(result.layers) == len(spon_layers(model))
 
@@ -141,7 +143,7 @@ def test_padding_does_not_count(family):
 def test_layers_that_share_an_input_share_the_work(llama, monkeypatch):
     model = get_peft_model(llama, SponConfig(criterion="magnitude"))
     calls = []
-    monkeypatch.setattr("peft_spon.calibration.bin_counts", lambda s: calls.append(1) or bin_counts(s))
+    monkeypatch.setattr("peft_spon.statistics.bin_counts", lambda s: calls.append(1) or bin_counts(s))
     calibrate(model, batches(count=1))
     assert len(calls) == 2 * 4, "per block: q k v share, o, gate up share, down"
 

@@ -14,7 +14,7 @@ NORMS = torch.tensor([1.0, 10.0, 1.0, 0.5])
 
 
 def score(name, x=X):
-    return CRITERIA[name]().score(x, NORMS)
+    return CRITERIA[name]().score(x, {"column_scale": NORMS})
 
 
 def test_scores_are_the_documented_formulas():
@@ -57,8 +57,8 @@ def test_threshold_compares_in_fp32():
 
 def test_wina_norm_order():
     weight = torch.randn(5, 4)
-    torch.testing.assert_close(Wina().norm_of_columns(weight), weight.square().sum(0).sqrt())
-    torch.testing.assert_close(Wina(norm=1.0).norm_of_columns(weight), weight.abs().sum(0))
+    torch.testing.assert_close(Wina().prepare(weight)["column_scale"], weight.square().sum(0).sqrt())
+    torch.testing.assert_close(Wina(norm=1.0).prepare(weight)["column_scale"], weight.abs().sum(0))
 
 
 @settings(max_examples=60, deadline=None)

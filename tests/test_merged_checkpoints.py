@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from peft_spon import CRITERIA, SponConfig, calibrate
-from peft_spon.sparse_linear import STATE, SparseLinear, SparseMixin
+from peft_spon.sparse_linear import SparseLinear, SparseMixin
 
 
 def merged_model(family="llama", base=None, **fields):
@@ -112,7 +112,7 @@ def test_dtype(dtype, tmp_path):
     half = tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     layers = [layer for layer in half.modules() if isinstance(layer, SparseMixin)]
     assert {layer.weight.dtype for layer in layers} == {dtype}
-    buffers = [getattr(layer, name) for layer in layers for name in STATE if getattr(layer, name) is not None]
+    buffers = [tensor for layer in layers for tensor in layer.own_tensors().values()]
     assert {buffer.dtype for buffer in buffers} == {torch.float32}
     wanted = [layer.spon_threshold for layer in merged.modules() if isinstance(layer, SparseMixin)]
     assert all(torch.equal(a.spon_threshold, b) for a, b in zip(layers, wanted, strict=True))

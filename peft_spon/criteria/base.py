@@ -19,7 +19,8 @@ class Spec:
     Attributes:
         shape (`tuple[int, ...]`): its shape.
         dtype (`torch.dtype`): its dtype; it stays in it whatever the dtype of the model.
-        from_data (`bool`): True if calibration makes it, False if the weight alone does.
+        from_data (`bool`): False if it is made of the weight; True if calibration makes it, of the input's moments
+            alone, so that layers which read the same input share it.
     """
 
     shape: tuple[int, ...]

@@ -19,7 +19,8 @@ class RSparse(Criterion):
     of the budget: at sparsity s the channels get what it leaves of 1 - s.
 
     Args:
-        rank (`int`, *optional*, defaults to 16): columns of V; r (in + out) weights are read for them at every token.
+        rank (`int`, *optional*, defaults to 16): columns r of V, at most an eighth of the layer's smaller side;
+            r (in + out) weights are read for them at every token.
         channel_share (`float`, *optional*): share of the budget 1 - s for channels, in (0, 1], whatever the rank
             costs; default: what the rank leaves.
     """
@@ -36,12 +37,16 @@ class RSparse(Criterion):
             raise ValueError(f"Criterion 'rsparse': channel_share is {self.channel_share!r}; use a number in (0, 1].")
 
     def state(self, n_in: int, n_out: int) -> dict[str, Spec]:
-        return {"column_scale": Spec((n_in,)), "directions": Spec((n_in, min(self.rank, n_in, n_out)))}
+        return {"column_scale": Spec((n_in,)), "directions": Spec((n_in, self.columns(n_in, n_out)))}
+
+    def columns(self, n_in: int, n_out: int) -> int:
+        """How many directions a layer of these sizes has."""
+        return min(self.rank, n_in // 8, n_out // 8)
 
     def prepare(self, weight: torch.Tensor, moments: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         weight = weight.float()
         n_out, n_in = weight.shape
-        rank = min(self.rank, n_in, n_out)
+        rank = self.columns(n_in, n_out)
         # Of the smaller Gram matrix: a singular value decomposition of W costs many times as much.
         if n_in <= n_out:
             directions = torch.linalg.eigh(weight.T @ weight).eigenvectors[:, n_in - rank :]
@@ -64,7 +69,7 @@ class RSparse(Criterion):
         return weight, (weight @ directions, directions.T)
 
     def extra_reads(self, n_in: int, n_out: int) -> float:
-        return min(self.rank, n_in, n_out) * (n_in + n_out) / (n_in * n_out)
+        return self.columns(n_in, n_out) * (n_in + n_out) / (n_in * n_out)
 
     def zeroed_share(self, sparsity: float, n_in: int, n_out: int) -> float:
         if self.channel_share is None:

@@ -45,6 +45,10 @@ class Sparsifier:
         """Share of the entries that S zeroes; above `sparsity` where the criterion reads something else beside W."""
         return self.criterion.zeroed_share(self.sparsity, self.n_in, self.n_out) if self.sparsity > 0 else 0.0
 
+    def unread(self, zeroed: float) -> float:
+        """Share of the layer's weights that is not read where that share of the entries is zeroed."""
+        return zeroed - self.criterion.extra_reads(self.n_in, self.n_out) if self.sparsity > 0 else zeroed
+
     def specs(self) -> dict[str, Spec]:
         """Names, shapes and dtypes of the state: the criterion's, then the threshold's."""
         specs = self.criterion.state(self.n_in, self.n_out)

@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..data import Batch, iter_batches, padding_masks, to_device, without_padding
-from ..layer import SponLayer, spon_layers
+from ..data import Batch, iter_batches, to_device
+from ..layer import spon_layers
 from ..model import resolve_adapter
 from ..modes import dense_mode, evaluation_mode, every_token_sparse, without_anchors
+from ..statistics import Zeros
 
 
 @dataclass(frozen=True)
@@ -112,44 +113,6 @@ class _Sums:
         return Scores(perplexity, error, self.kl / self.tokens, self.same / self.tokens, sparsity)
 
 
-class _ZeroCounter:
-    """Forward pre-hooks that count which input entries S drops, per layer."""
-
-    def __init__(self, layers: dict[str, SponLayer], adapter_name: str):
-        self.layers, self.adapter_name = layers, adapter_name
-        self.dropped = dict.fromkeys(layers, 0)
-        self.seen = dict.fromkeys(layers, 0)
-        self.masks: list[torch.Tensor] = []
-
-    def __enter__(self):
-        self.handles = [
-            layer.register_forward_pre_hook(lambda module, args, name=name: self.observe(name, module, args[0]))
-            for name, layer in self.layers.items()
-        ]
-        return self
-
-    def __exit__(self, *exception):
-        for handle in self.handles:
-            handle.remove()
-
-    def observe(self, name: str, layer: SponLayer, x: torch.Tensor) -> None:
-        first = layer.first_sparse_token(x, self.adapter_name)
-        kept = torch.ones_like(x)
-        if first < x.shape[-2]:
-            kept[..., first:, :] = layer.keep_mask(x[..., first:, :], self.adapter_name)
-        kept = without_padding(kept, self.masks)
-        self.seen[name] += kept.numel()
-        self.dropped[name] += kept.numel() - int(kept.sum(dtype=torch.float64))
-
-    def by_layer(self) -> dict[str, float]:
-        return {name: self.dropped[name] / max(self.seen[name], 1) for name in self.layers}
-
-    def overall(self) -> float:
-        weights = {name: layer.in_features * layer.out_features for name, layer in self.layers.items()}
-        shares = self.by_layer()
-        return sum(shares[name] * weights[name] for name in weights) / sum(weights.values())
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -191,7 +154,7 @@ def evaluate(
     layers = {key: layer for key, layer in spon_layers(model).items() if name in layer.spon_settings}
     has_anchors = any(name in layer.spon_anchor for layer in layers.values())
     sums = {mode: _Sums() for mode in ("dense", "sparse", *(["anchored"] if has_anchors else []))}
-    zeros = {mode: _ZeroCounter(layers, name) for mode in ("sparse", "anchored")}
+    zeros = {mode: Zeros(layers, name) for mode in ("sparse", "anchored")}
     batches = iter_batches(
         data, tokenizer, batch_size=batch_size, max_length=max_length, max_tokens=max_tokens, text_column=text_column
     )
@@ -207,7 +170,7 @@ def evaluate(
                     logits = dense
                 else:
                     with ExitStack() as stack:
-                        zeros[mode].masks = padding_masks(inputs)
+                        zeros[mode].start_batch(inputs)
                         stack.enter_context(zeros[mode])
                         if every_token:
                             stack.enter_context(every_token_sparse(model))
