@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .calibration import CalibrationResult, calibrate
 from .config import SponConfig
-from .criteria import CRITERIA, Criterion
+from .criteria import CRITERIA, Criterion, register_criterion
 from .evaluation import EvaluationResult, evaluate
 from .layer import SponLayer, SponLinear
 from .lora import add_lora, load_with_lora, save_lora, set_trainable, without_lora
@@ -42,6 +42,7 @@ __all__ = [
     "evaluate",
     "every_token_sparse",
     "load_with_lora",
+    "register_criterion",
     "save_lora",
     "set_sparsity",
     "set_trainable",

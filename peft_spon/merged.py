@@ -198,12 +198,21 @@ def save_merged(
         shutil.rmtree(left_over)
     hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
     with tempfile.TemporaryDirectory(prefix=".spon-saving-", dir=folder) as aside:
-        plain(model, aside, **kwargs)
+        plain(model, aside, **(kwargs | unshared_state(model, kwargs.get("state_dict"))))
         merged_card(aside, model.config, folder.name)
         move_into_place(Path(aside), folder, kwargs.get("variant"))
     if push_to_hub:
         token = {"token": kwargs["token"]} if "token" in kwargs else {}
         model.push_to_hub(hub.pop("repo_id", folder.name), **hub, **token)
+
+
+def unshared_state(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
+    """The `state_dict` to save where layers share tensors of S, with copies of these: transformers refuses them."""
+    held = model.state_dict() if state_dict is None else state_dict
+    ours = {name: tensor for name, tensor in held.items() if ".spon_" in name and not tensor.is_meta}
+    first = {tensor.data_ptr(): name for name, tensor in reversed(ours.items())}
+    copies = {name: tensor.clone() for name, tensor in ours.items() if first[tensor.data_ptr()] != name}
+    return {"state_dict": {**held, **copies}} if copies else {}
 
 
 def move_into_place(aside: Path, folder: Path, variant: str | None) -> None:
