@@ -368,8 +368,9 @@ def _measure(
             )
         if recorder.histograms[key].total == 0:
             raise ValueError(
-                f"No token of the data reached layer '{key}' (an expert that was never chosen?); give more data, or "
-                "leave the layer out with exclude_modules. Nothing was changed."
+                f"No token of the data reached layer '{key}'. It was never called (an expert that was never chosen, a "
+                "part for pictures or speech while the data has text only, or only its weight is read?). Give more "
+                "data, or leave the layer out with exclude_modules. Nothing was changed."
             )
     return recorder.histograms, tokens
 

@@ -73,7 +73,8 @@ class SponConfig(PeftConfig):
             Dials of the criterion, for example `{"norm": 1.0}` for `"wina"` and `"weighted"`.
         target_modules (`list[str]` or `str`, *optional*):
             Names (or one regular expression) of the layers to sparsify; default: every linear layer of the
-            transformer blocks, never the embedding or the output head. `"all-linear"` as in PEFT.
+            transformer blocks, never the embedding or the output head; of a model for text and pictures or speech,
+            of its language model. `"all-linear"` as in PEFT.
         exclude_modules (`list[str]` or `str`, *optional*):
             Names (or one regular expression) of layers to leave alone.
         layers_to_transform (`list[int]` or `int`, *optional*):
@@ -184,6 +185,7 @@ class SponConfig(PeftConfig):
 
         if isinstance(self.modules_to_save, (set, tuple)):
             self.modules_to_save = sorted(self.modules_to_save)  # in JSON, a set would have any order
+        self._is_saved = self.peft_spon_version is not None  # read from a file
         if self.peft_spon_version is None:
             self.peft_spon_version = __version__
         check_version(self.peft_spon_version, "peft_spon_version")
