@@ -16,6 +16,7 @@ from torch import nn
 from .config import SponConfig
 from .sparse_linear import (
     LayerSettings,
+    Prompt,
     add_from,
     dense_before,
     first_sparse_token,
@@ -119,6 +120,7 @@ class SponLayer(BaseTunerLayer):
         self._disable_adapters = False
         self._anchors_enabled = True
         self._every_token = False
+        self.prompt: Prompt | None = None  # inside `generate`, see prefill.py
         self._thresholds_seen: set[str] = set()  # adapters whose thresholds are known to be there
         self.adapters_run: set[str] = set()  # those that a forward has used
         self.trainable_choice: str | None = None  # see lora.set_trainable
@@ -221,7 +223,7 @@ class SponLayer(BaseTunerLayer):
         """Position on the token axis of x (..., tokens, in) where sparsity begins, by the adapter's `prefill`."""
         if self._every_token or self.training:
             return 0
-        return first_sparse_token(x, self.spon_settings[adapter_name].prefill)
+        return first_sparse_token(x, self.spon_settings[adapter_name].prefill, self.prompt)
 
     def adapt_input(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         """(1 + gain) * S(x) + anchor for input-side anchors, shape (..., in).

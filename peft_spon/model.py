@@ -32,6 +32,7 @@ from .lora import (
 )
 from .merged import prepare_saving
 from .modes import keep_switched_off
+from .prefill import follow_prompts
 from .sparse_linear import fold_scale
 from .targets import (
     all_linear,
@@ -109,6 +110,8 @@ class SponModel(BaseTuner):
             check_names(peft_config, model, names)
         if names:
             check_patterns(peft_config, names)
+        if peft_config.prefill != "sparse":
+            follow_prompts(model)
 
     def _create_and_replace(
         self,

@@ -23,6 +23,7 @@ LEVELS = {
     "weights": 1,
     "layer": 2,
     "modes": 2.1,
+    "prefill": 2.15,
     "merged": 2.2,
     "lora": 2.2,
     "loading": 2.2,
