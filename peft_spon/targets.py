@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Iterable
 from functools import cache
 
+from peft import TaskType
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -59,8 +60,10 @@ def default_targets(config: SponConfig, model: nn.Module) -> set[str]:
 
 
 def all_linear(config: SponConfig, model: nn.Module) -> set[str]:
-    """What PEFT means by "all-linear", without layers whose weight is read without a call."""
+    """What PEFT means by "all-linear", without heads that it trains and layers whose weight is read without a call."""
     names = _maybe_include_all_linear_layers(copy.copy(config), model).target_modules
+    if config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
+        names = {name for name in names if name.rpartition(".")[2] not in HEADS}
     return names - set(never_called(model, names))
 
 

@@ -317,6 +317,16 @@ def test_every_task_type_trains_and_saves_what_it_does_with_lora(task, tmp_path)
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+def test_all_linear_leaves_the_head_to_be_trained(task, tmp_path):
+    model = get_peft_model(bert_for(task), random_config(task_type=task, target_modules="all-linear")).eval()
+    assert not {name for name in spon_layers(model) if "classifier" in name or "qa_outputs" in name}
+    assert "bert.encoder.layer.0.output.dense" in spon_layers(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(bert_for(task), tmp_path).eval()
+    assert torch.equal(loaded(**inputs("bert"))[0], model(**inputs("bert"))[0])
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
 def test_one_configuration_for_several_models_with_a_head(task):
     config = random_config(task_type=task)
     heads = []
