@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .criteria import entries_kept
-from .data import iter_batches
+from .data import check_arguments, check_sizes, iter_batches
 from .layer import SponLayer, spon_layers
 from .model import adapter_config, resolve_adapter
 from .modes import dense_mode, every_token_sparse
@@ -96,9 +96,12 @@ def calibrate(
         [`CalibrationResult`]: per layer the wanted and realised sparsity and the threshold.
 
     Raises:
-        `ValueError`: no data, no SPON adapter, NaN or infinite activations, a layer that no token reached; `refit` of
-            an adapter without thresholds.
+        `ValueError`: no data, no SPON adapter, NaN or infinite activations, a layer that was never called; `refit` of
+            an adapter without thresholds; a size below 1.
+        `TypeError`: an argument of another kind, as when two are swapped.
     """
+    check_arguments(model, data, tokenizer, "calibrate")
+    check_sizes(batch_size=batch_size, max_length=max_length, max_tokens=max_tokens)
     name = resolve_adapter(model, adapter_name, must_be_active=on_sparse or refit)
     config = adapter_config(model, name)
     if refit and not config.calibrated:

@@ -73,7 +73,8 @@ class SponConfig(PeftConfig):
             Dials of the criterion, for example `{"norm": 1.0}` for `"wina"` and `"weighted"`.
         target_modules (`list[str]` or `str`, *optional*):
             Names (or one regular expression) of the layers to sparsify; default: every linear layer of the
-            transformer blocks, never the embedding or the output head. `"all-linear"` as in PEFT.
+            transformer blocks, never the embedding or the output head; of a model for text and pictures or speech,
+            of its language model. `"all-linear"` as in PEFT.
         exclude_modules (`list[str]` or `str`, *optional*):
             Names (or one regular expression) of layers to leave alone.
         layers_to_transform (`list[int]` or `int`, *optional*):
@@ -91,9 +92,10 @@ class SponConfig(PeftConfig):
         init_weights (`bool`, *optional*, defaults to `True`):
             Start anchors and gains at zero, so that training begins at plain sparsity; `False`: random, for tests.
         prefill (`str` or `float`, *optional*, defaults to `"sparse"`):
-            `"sparse"`: every token is sparse. `"dense"`: only inputs of one token (decoding) are. A number in
-            [0, 1]: the share of leading tokens of a longer input that stay dense (TEAL's evaluations use 0.5).
-            Dense tokens get no anchor. Training always makes every token sparse.
+            `"sparse"`: every token is sparse. `"dense"`: the prompt is dense, decoded tokens are sparse. A number in
+            [0, 1]: the share of leading tokens of the prompt that stay dense (TEAL's evaluations use 0.5). In
+            `generate` position decides; elsewhere an input of more than one token is a prompt. Dense tokens get no
+            anchor. Training always makes every token sparse.
         modules_to_save (`list[str]`, *optional*):
             Other modules to train and save in full, such as a classification head.
         calibrated (`bool`, *optional*, defaults to `False`):
@@ -157,8 +159,8 @@ class SponConfig(PeftConfig):
     prefill: str | float = field(
         default="sparse",
         metadata={
-            "help": "'sparse': every token is sparse; 'dense': only single-token inputs are; a number in [0, 1]: the "
-            "share of leading tokens that stay dense."
+            "help": "'sparse': every token is sparse; 'dense': only decoded ones are; a number in [0, 1]: the share "
+            "of the prompt's leading tokens that stay dense."
         },
     )
     modules_to_save: list[str] | None = field(
@@ -184,6 +186,7 @@ class SponConfig(PeftConfig):
 
         if isinstance(self.modules_to_save, (set, tuple)):
             self.modules_to_save = sorted(self.modules_to_save)  # in JSON, a set would have any order
+        self._is_saved = self.peft_spon_version is not None  # read from a file
         if self.peft_spon_version is None:
             self.peft_spon_version = __version__
         check_version(self.peft_spon_version, "peft_spon_version")

@@ -17,7 +17,7 @@ from torch import nn
 from .config import SponConfig
 from .criteria import Sparsifier
 from .repair import Repair, repaired_linear
-from .sparse_linear import LayerSettings, first_sparse_token, make_sparse, merged_specs
+from .sparse_linear import LayerSettings, Prompt, first_sparse_token, make_sparse, merged_specs
 from .weights import has_plain_weight, linear_sizes, prepared_state, through_weight
 
 
@@ -105,6 +105,7 @@ class SponLayer(BaseTunerLayer):
         self._disable_adapters = False
         self._anchors_enabled = True
         self._every_token = False
+        self.prompt: Prompt | None = None  # inside `generate`, see prefill.py
         self._state_seen: set[str] = set()  # adapters whose calibrated state is known to be there
         self.adapters_run: set[str] = set()  # those that a forward has used
         self.trainable_choice: str | None = None  # see lora.set_trainable
@@ -239,7 +240,7 @@ class SponLayer(BaseTunerLayer):
         """Position on the token axis of x (..., tokens, in) where sparsity begins, by the adapter's `prefill`."""
         if self._every_token or self.training:
             return 0
-        return first_sparse_token(x, self.spon_settings[adapter_name].prefill)
+        return first_sparse_token(x, self.spon_settings[adapter_name].prefill, self.prompt)
 
     def repair(self, adapter_names: list[str]) -> Repair:
         """Gains and anchors of some adapters, in the order in which they act, as they are trained: live, in fp32."""

@@ -31,6 +31,7 @@ from .cards import keep_card_on_hub, merged_card, replaceable_card
 from .checksums import fields_checksum, fingerprint, tensors_checksum
 from .config import check_prefill, check_sparsity, check_version, make_criterion
 from .criteria import Sparsifier
+from .prefill import follow_prompts, layers_with_prefill
 from .sparse_linear import REPAIR, LayerSettings, SparseMixin, make_sparse, merged_specs
 from .weights import has_plain_weight
 
@@ -133,6 +134,8 @@ def prepare_saving(model: nn.Module) -> None:
         # On the instance: the model stays of its plain class.
         model.save_pretrained = partial(save_merged, model)
         keep_card_on_hub(model, partial(merged_card_for_hub, model))
+        if layers_with_prefill(model):
+            follow_prompts(model)
         if quantized_layer(model) is None:
             model.config.quantization_config = describe(model)
 

@@ -3,23 +3,21 @@
 """SPON as a PEFT tuner: finds the linear layers, wraps them, checks what is loaded."""
 
 import copy
-import re
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, TaskType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, set_adapter
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .cards import keep_card_on_hub
 from .config import SponConfig, adapter_card_for_hub, check_sparsity
 from .layer import Place, SponLayer, SponLinear, outer_modules, spon_layers
-from .loading import find_other_settings, find_problem, own_checksum, preview, remove_adapter
+from .loading import find_other_settings, find_problem, own_checksum, remove_adapter
 from .lora import (
     active_lora,
     apply_trainable,
@@ -34,8 +32,18 @@ from .lora import (
 )
 from .merged import prepare_saving
 from .modes import keep_switched_off
+from .prefill import follow_prompts
 from .sparse_linear import fold_scale
-from .weights import has_plain_weight, is_linear, linear_sizes
+from .targets import (
+    all_linear,
+    check_matches,
+    check_names,
+    check_patterns,
+    default_targets,
+    layer_sparsity,
+    matches,
+)
+from .weights import has_plain_weight, linear_sizes
 
 
 class SponModel(BaseTuner):
@@ -76,6 +84,9 @@ class SponModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: SponConfig, model_config: dict) -> SponConfig:
         # A copy: calibration and the dial write into it, and the user's object may serve several adapters.
+        if peft_config.modules_to_save or peft_config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
+            # PEFT adds heads to the list of the user's object, some after this: one list for both, each name once.
+            peft_config.modules_to_save = list(dict.fromkeys(peft_config.modules_to_save or []))
         own = copy.copy(peft_config)
         own._is_new = True
         for name, config in self.peft_config.items():
@@ -86,18 +97,21 @@ class SponModel(BaseTuner):
     def _prepare_model(self, peft_config: SponConfig, model: nn.Module) -> None:
         """Resolve the default targets and check everything that can be wrong before a layer is touched."""
         if peft_config.target_modules is None:
-            targets = default_targets(peft_config, model)
-            peft_config.target_modules = targets
-        if peft_config.target_modules == "all-linear":
-            return
+            peft_config.target_modules = default_targets(peft_config, model)
+        elif peft_config.target_modules == "all-linear":
+            peft_config.target_modules = all_linear(peft_config, model)
         names = [name for name, _ in outer_modules(model) if check_target_module_exists(peft_config, name)]
         for name in names:
             try:
                 linear_sizes(model.get_submodule(name))
             except TypeError as error:
                 raise TypeError(f"Target '{name}': {error}") from None
+        if not peft_config._is_saved:  # what a saved adapter names has been loaded before
+            check_names(peft_config, model, names)
         if names:
             check_patterns(peft_config, names)
+        if peft_config.prefill != "sparse":
+            follow_prompts(model)
 
     def _create_and_replace(
         self,
@@ -398,64 +412,3 @@ def adapter_config(model: nn.Module, adapter_name: str) -> SponConfig:
     config = model.peft_config[adapter_name]
     config._is_new = False
     return config
-
-
-def default_targets(config: SponConfig, model: nn.Module) -> set[str]:
-    """Every linear layer inside the lists of repeated blocks (`nn.ModuleList`), which no embedding or head is.
-
-    Returns:
-        `set[str]`: the layers' last names if these select the same layers in the whole model, else full names.
-
-    Raises:
-        `ValueError`: the model has no list of blocks with linear layers.
-    """
-    blocks = [name for name, module in outer_modules(model) if isinstance(module, nn.ModuleList)]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linears = [name for name, module in outer_modules(model) if is_linear(module) and module is not head]
-    inside = [name for name in linears if any(name.startswith(f"{block}.") for block in blocks)]
-    if not inside:
-        raise ValueError(
-            f"{type(model).__name__} has no list of transformer blocks with linear layers, so SPON cannot choose its "
-            f"targets; name them, for example SponConfig(target_modules={linears[:2] or ['fc1']})."
-        )
-    by_suffix = copy.copy(config)
-    by_suffix.target_modules = {name.rpartition(".")[2] for name in inside}
-    # Through PEFT's own matcher, so that layers_to_transform and exclude_modules hold for the default as well.
-    chosen = [name for name, _ in outer_modules(model) if check_target_module_exists(by_suffix, name)]
-    if set(chosen) <= set(inside):
-        return by_suffix.target_modules
-    return {name for name in chosen if name in inside}
-
-
-def matches(wanted: set[str] | str | None, name: str) -> bool:
-    """PEFT's rule for `target_modules`: a regular expression for the whole name, or a set of (ends of) names."""
-    if wanted is None:
-        return True
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return name in wanted or any(name.endswith(f".{end}") for end in wanted)
-
-
-def layer_sparsity(sparsity: float, pattern: dict[str, float], name: str) -> float:
-    """Sparsity of the layer `name`: its entry in the pattern, matched as LoRA's `rank_pattern`, or the common one."""
-    return pattern.get(get_pattern_key(list(pattern), name), sparsity)
-
-
-def check_patterns(config: SponConfig, names: list[str]) -> None:
-    """Raises `ValueError` if `sparsity_pattern` or `anchor_modules` name something that no target matches."""
-    check_matches("sparsity_pattern", config.sparsity_pattern, names)
-    wanted = config.anchor_modules
-    if wanted is None or len(wanted) == 0:
-        return
-    for key in [wanted] if isinstance(wanted, str) else sorted(wanted):
-        if not any(matches(key if isinstance(wanted, str) else {key}, name) for name in names):
-            raise ValueError(
-                f"anchor_modules has {key!r}, which none of the targeted layers matches; they are {preview(names)}."
-            )
-
-
-def check_matches(what: str, pattern: dict[str, float], names: list[str]) -> None:
-    """Raises `ValueError` for a pattern key that matches no layer."""
-    for key in pattern:
-        if not any(get_pattern_key([key], name) == key for name in names):
-            raise ValueError(f"{what} has {key!r}, which no targeted layer matches; they are {preview(names)}.")

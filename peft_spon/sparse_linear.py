@@ -26,12 +26,43 @@ class LayerSettings:
     anchor_space: str
 
 
-def first_sparse_token(x: torch.Tensor, prefill: str | float) -> int:
-    """Position on the token axis of x (..., tokens, in) where sparsity begins."""
-    tokens = x.shape[-2] if x.ndim > 1 else 1
-    if tokens == 1 or prefill == "sparse":
+@dataclass
+class Prompt:
+    """Where a forward of `generate` stands: `tokens` new ones behind `cached` ones (at most `length` are counted).
+
+    Attributes:
+        length (`int`): tokens of the prompt.
+        cached (`int`): how many of them are in the cache.
+        tokens (`int`): tokens of the model's input, per row; 0 before the first forward.
+    """
+
+    length: int
+    cached: int = 0
+    tokens: int = 0
+
+
+def first_sparse_token(x: torch.Tensor, prefill: str | float, prompt: Prompt | None = None) -> int:
+    """Position on the token axis of x (..., tokens, in) where sparsity begins.
+
+    Args:
+        x (`torch.Tensor`): the layer's input.
+        prefill (`str` or `float`): "sparse", "dense", or the share of the prompt's leading tokens that stay dense.
+        prompt (`Prompt`, *optional*): where `generate` stands; without it an input of several tokens is a prompt.
+    """
+    if prefill == "sparse" or x.ndim == 1:
         return 0
-    return tokens if prefill == "dense" else math.ceil(prefill * tokens)
+    here = x.shape[-2]
+    if prompt is None or prompt.tokens == 0:
+        prompt = Prompt(length=here, tokens=here)
+    if prompt.length == 1:
+        return 0
+    dense = (prompt.length if prefill == "dense" else math.ceil(prefill * prompt.length)) - prompt.cached
+    if dense <= 0:
+        return 0
+    if dense >= prompt.tokens:
+        return here
+    # In the middle of the input; a layer that sees other rows than the text's tokens counts its own.
+    return dense if here == prompt.tokens else first_sparse_token(x, prefill)
 
 
 # What a merged layer has for its repair, beside the state of its S; each None where it is not needed.
@@ -58,10 +89,11 @@ class SparseMixin:
     """
 
     spon_settings: LayerSettings
+    prompt: Prompt | None = None  # inside `generate`, see prefill.py
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         # As with the adapter, training makes every token sparse.
-        first = 0 if self.training else first_sparse_token(x, self.spon_settings.prefill)
+        first = 0 if self.training else first_sparse_token(x, self.spon_settings.prefill, self.prompt)
         linear, shift = partial(super().forward, *args, **kwargs), self.spon_shift
         if first == 0 and shift is not None and self.shifted_forward is not None:
             linear, shift = self.shifted_forward, None

@@ -12,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .criteria import QUANTILE_POINTS
-from .data import Batch, iter_batches, padding_masks, to_device, without_padding
+from .data import Batch, count_tokens, iter_batches, padding_masks, to_device, without_padding
 from .layer import SponLayer, spon_layers
 from .model import resolve_adapter
 from .modes import evaluation_mode, every_token_sparse
@@ -242,8 +242,9 @@ def check_seen(name: str, total: int, non_finite: int) -> None:
         )
     if total == 0:
         raise ValueError(
-            f"No token of the data reached layer '{name}' (an expert that was never chosen?); give more data, or "
-            "leave the layer out with exclude_modules. Nothing was changed."
+            f"No token of the data reached layer '{name}'. It was never called (an expert that was never chosen, a "
+            "part for pictures or speech while the data has text only, or only its weight is read?). Give more "
+            "data, or leave the layer out with exclude_modules. Nothing was changed."
         )
 
 
@@ -255,8 +256,8 @@ def watch(model: nn.Module, batches: Iterable[Batch], observer: Observer, label:
         for batch in batches:
             observer.start_batch(batch)
             run(model, batch)
-            tokens += batch["input_ids"].numel()
-            bar.update(batch["input_ids"].numel())
+            tokens += count_tokens(batch)
+            bar.update(count_tokens(batch))
     return tokens
 
 
@@ -311,6 +312,9 @@ def removed_by_s(
         `dict[str, Removed]`: by layer name.
     """
     name = resolve_adapter(model, adapter_name)
+    batches = iter_batches(
+        data, tokenizer, batch_size=batch_size, max_length=max_length, max_tokens=max_tokens, text_column=text_column
+    )
     squares: dict[str, torch.Tensor] = {}
     entries: dict[str, int] = {}
 
@@ -328,9 +332,6 @@ def removed_by_s(
         for key, layer in spon_layers(model).items()
         if name in layer.spon_settings
     ]
-    batches = iter_batches(
-        data, tokenizer, batch_size=batch_size, max_length=max_length, max_tokens=max_tokens, text_column=text_column
-    )
     try:
         with every_token_sparse(model), evaluation_mode(model):
             for batch in batches:

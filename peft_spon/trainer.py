@@ -29,6 +29,7 @@ except ImportError as error:
 
 from .calibration import calibrate
 from .config import SponConfig
+from .data import check_training_data
 from .distillation import SelfDistillation, without_dropout
 from .layer import SponLayer, spon_layers
 from .lora import active_lora, apply_trainable, trainable_choice
@@ -235,6 +236,9 @@ class SponTrainer(SFTTrainer):
             )
         if peft_config is None and not has_adapter:
             peft_config = SponConfig(task_type="CAUSAL_LM")
+        is_prepared = (args.dataset_kwargs or {}).get("skip_prepare_dataset") or kwargs.get("formatting_func")
+        if not is_prepared:
+            check_training_data(kwargs.get("train_dataset"), kwargs.get("eval_dataset"), args.dataset_text_field)
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
         self.adapter_name = resolve_adapter(self.model, None)
         self._choice_before = trainable_choice(self.model)
