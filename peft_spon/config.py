@@ -101,8 +101,9 @@ class SponConfig(PeftConfig):
             entries by the criterion's own score.
         peft_spon_version (`str`, *optional*):
             Version of peft_spon that wrote the adapter; filled in by itself.
-        checksums (`dict[str, str]`, *optional*):
-            Of the saved fields and tensors, to notice damaged or mixed up files; filled in by itself.
+        checksums (`dict[str, Any]`, *optional*):
+            Of the saved fields and tensors, and of the LoRAs beneath, to notice damaged or mixed files; filled in by
+            itself.
 
     Raises:
         `ValueError`: for an unknown, contradictory or out-of-range setting.
@@ -170,7 +171,7 @@ class SponConfig(PeftConfig):
     peft_spon_version: str | None = field(
         default=None, metadata={"help": "Version of peft_spon that wrote the adapter; filled in by itself."}
     )
-    checksums: dict[str, str] | None = field(
+    checksums: dict[str, Any] | None = field(
         default=None, metadata={"help": "Of the saved fields and tensors; filled in by itself."}
     )
 
@@ -208,6 +209,8 @@ class SponConfig(PeftConfig):
             raise ValueError(f"calibrated is {self.calibrated!r}; it is True or False and written by calibrate().")
         # Of the tensors that are about to be saved with this configuration, see SponModel.
         self._tensors_checksum: str | None = None
+        # Of the LoRAs beneath, by name.
+        self._lora_checksums: dict[str, dict[str, str]] | None = None
         # Of an adapter that was just put into a model and holds no work yet, see SponModel.
         self._is_new = False
 
@@ -230,6 +233,8 @@ class SponConfig(PeftConfig):
         checksums = {"fields": self._fields_checksum()}
         if self._tensors_checksum is not None:
             checksums["tensors"] = self._tensors_checksum
+        if self._lora_checksums is not None:
+            checksums["loras"] = self._lora_checksums
         self.checksums = checksums
         os.makedirs(save_directory, exist_ok=True)
         for left_over in Path(save_directory).glob(".spon-saving-*"):
@@ -252,7 +257,10 @@ class SponConfig(PeftConfig):
                 f"missing (it now says {values}). To change a setting, set it on a loaded SponConfig and pass that: "
                 "PeftModel.from_pretrained(base, folder, config=config)."
             )
-        self.checksums = {"tensors": checksums["tensors"]} if "tensors" in checksums else None
+        loras = checksums.get("loras", {})
+        if not isinstance(loras, dict) or not all(isinstance(entry, dict) for entry in loras.values()):
+            raise ValueError(f"checksums has loras={loras!r}; {CONFIG_NAME} is damaged or was edited. Save it again.")
+        self.checksums = {part: checksums[part] for part in ("tensors", "loras") if part in checksums} or None
 
     def _fields_checksum(self) -> str:
         return fields_checksum({name: getattr(self, name) for name in COMPUTING_FIELDS})

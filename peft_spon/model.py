@@ -26,6 +26,7 @@ from .lora import (
     check_finite,
     delete_lora,
     load_loras_along,
+    lora_checksums,
     lora_layers,
     lora_names,
     lora_taken_over,
@@ -314,6 +315,7 @@ class SponModel(BaseTuner):
         named = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in found.items()}
         # The configuration, which PEFT saves next, says which tensors belong to it.
         config._tensors_checksum = own_checksum(named)
+        config._lora_checksums = lora_checksums(model, found)
         keep_card_on_hub(model, adapter_card_for_hub)
         load_loras_along(model)
         return found
