@@ -4,8 +4,6 @@
 
 import os
 import re
-import shutil
-import tempfile
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -22,6 +20,7 @@ from ._version import __version__
 from .cards import adapter_card
 from .checksums import fields_checksum
 from .criteria import CRITERIA, Criterion
+from .files import written_aside
 
 
 class SponPeftType(str, Enum):
@@ -236,12 +235,9 @@ class SponConfig(PeftConfig):
         if self._lora_checksums is not None:
             checksums["loras"] = self._lora_checksums
         self.checksums = checksums
-        os.makedirs(save_directory, exist_ok=True)
-        for left_over in Path(save_directory).glob(".spon-saving-*"):
-            shutil.rmtree(left_over)
-        with tempfile.TemporaryDirectory(prefix=".spon-saving-", dir=save_directory) as aside:
-            super().save_pretrained(aside, **kwargs)
-            os.replace(os.path.join(aside, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
+        with written_aside(save_directory) as aside:
+            super().save_pretrained(str(aside), **kwargs)
+            os.replace(aside / CONFIG_NAME, Path(save_directory, CONFIG_NAME))
         self.checksums = None
         adapter_card(save_directory, self, kwargs.get("auto_mapping_dict"))
 
