@@ -50,6 +50,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .cards import lora_card
 from .checksums import fields_checksum, tensors_checksum
 from .config import SponConfig, SponPeftType
+from .files import move_into_place, written_aside
 from .layer import SponLayer, outer_modules, spon_layers
 from .modes import switched_off
 from .sparse_linear import SparseMixin
@@ -234,6 +235,11 @@ def check_lora(config: PeftConfig, name: str) -> None:
             f"The LoRA adapter {name!r} has alora_invocation_tokens, which choose the tokens it acts on; SPON does "
             "not pass them on. Use a LoRA that acts on all tokens."
         )
+    if config.arrow_config is not None and not config.arrow_config.task_adapter_names:
+        raise ValueError(
+            f"The LoRA adapter {name!r} is an Arrow router, which routes between LoRAs that are in the model: "
+            "peft.create_arrow_model(base, folders, arrow_config) first, and SPON over what that gives."
+        )
     if config.layer_replication:
         raise ValueError(
             f"The LoRA adapter {name!r} has layer_replication={config.layer_replication}, which rebuilds the base's "
@@ -388,7 +394,8 @@ def restored_on_error(model: nn.Module, with_weights: bool = False) -> Iterator[
     contents = [copy.copy(value) for value in containers]
     parameters = list(model.parameters())
     trained = [parameter.requires_grad for parameter in parameters]
-    values = [parameter.detach().clone() for parameter in parameters] if with_weights else []
+    # On the CPU, since the accelerator may have no room for them.
+    values = [(p, p.detach().to("cpu", copy=True)) for p in parameters if with_weights and not p.is_meta]
     try:
         yield
     except BaseException:
@@ -400,8 +407,8 @@ def restored_on_error(model: nn.Module, with_weights: bool = False) -> Iterator[
             (container.extend if isinstance(container, list) else container.update)(content)
         for parameter, required in zip(parameters, trained, strict=True):
             parameter.requires_grad_(required)
-        for parameter, value in zip(parameters, values, strict=False):
-            parameter.data = value
+        for parameter, value in values:
+            parameter.data = value.to(parameter.device)
         raise
 
 
@@ -526,6 +533,20 @@ def delete_lora(model: nn.Module, adapter_name: str) -> None:
         if layer.trainable_choice == "lora":
             set_requires_grad(layer, layer.active_adapters, True)
         layer.trainable_choice = None
+
+
+def check_biases(layers: list[LoraLayer], adapter_names: list[str] | None) -> None:
+    """Raises `ValueError` if a bias of these LoRA adapters (None: the active ones) has none of the base to merge into.
+
+    PEFT would raise when the layer's weight is merged already.
+    """
+    for layer in layers:
+        for name in layer.active_adapters if adapter_names is None else adapter_names:
+            if layer.lora_bias.get(name) and getattr(layer.get_base_layer(), "bias", None) is None:
+                raise ValueError(
+                    f"The LoRA {name!r} has lora_bias=True, and the base has layers without a bias to merge it into. "
+                    "Leave it unmerged, or train one without lora_bias."
+                )
 
 
 def check_finite(layers: list[LoraLayer]) -> None:
@@ -838,13 +859,10 @@ def save_lora(
     with tempfile.TemporaryDirectory() as elsewhere:
         model.save_pretrained(elsewhere, selected_adapters=[adapter_name])
         written = Path(elsewhere, "" if adapter_name == "default" else adapter_name)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".spon-saving-", dir=folder) as aside:
+        with written_aside(folder) as aside:
             for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
-                shutil.copyfile(written / name, Path(aside, name))
-            (folder / CONFIG_NAME).unlink(missing_ok=True)
-            for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
-                os.replace(Path(aside, name), folder / name)
+                shutil.copyfile(written / name, aside / name)
+            move_into_place(aside, folder, CONFIG_NAME)
         lora_card(folder, config, spon, repo_id)
         if repo_id is None:
             return

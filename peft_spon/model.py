@@ -23,6 +23,7 @@ from .loading import find_other_settings, find_problem, own_checksum, preview, r
 from .lora import (
     active_lora,
     apply_trainable,
+    check_biases,
     check_finite,
     delete_lora,
     load_loras_along,
@@ -181,8 +182,10 @@ class SponModel(BaseTuner):
             safe_merge (`bool`, *optional*, defaults to `False`): check that everything is finite first.
 
         Raises:
-            `ValueError`: with `safe_merge`, something is NaN or infinite; nothing is merged then.
+            `ValueError`: with `safe_merge`, something is NaN or infinite; a LoRA with `lora_bias` on layers without
+                bias. Nothing is merged then.
         """
+        check_biases(lora_layers(self.model), adapter_names)
         layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         before = {layer: list(layer.merged_adapters) for layer in layers}
         try:
@@ -215,8 +218,10 @@ class SponModel(BaseTuner):
                 their dtype. Saves a product per input at run time; the weights are then no longer the base's.
 
         Raises:
-            `ValueError`: with `safe_merge`, something is NaN or infinite; with `fold_gain`, quantised weights.
+            `ValueError`: with `safe_merge`, something is NaN or infinite; with `fold_gain`, quantised weights; a LoRA
+                with `lora_bias` on layers without bias.
         """
+        check_biases(lora_layers(self.model), adapter_names)
         layers = spon_layers(self.model)
         for name, layer in layers.items():
             if fold_gain and layer.spon_gain and not has_plain_weight(layer.get_base_layer()):

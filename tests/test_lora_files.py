@@ -7,12 +7,13 @@ import json
 import random
 import shutil
 import struct
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from models import MODELS, logits
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import ArrowConfig, IA3Config, LoraConfig, PeftModel, create_arrow_model, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_killed_saving import kill_everywhere
 from test_lora import ROUTES, calibrated, close, lora_config, lora_then_spon, spon_config, spon_then_lora
@@ -297,7 +298,9 @@ def test_killed_while_saving_both(before, tmp_path):
         return load_with_lora(MODELS["llama"](), folder).eval()
 
     allowed = {"new": logits(new, "llama"), "old": logits(old, "llama")}
-    assert len(kill_everywhere(tmp_path, load, old.save_pretrained, new.save_pretrained, allowed)) > 8
+    old.save_pretrained(tmp_path / "old")
+    save_old = partial(shutil.copytree, tmp_path / "old")
+    assert len(kill_everywhere(tmp_path, load, save_old, new.save_pretrained, allowed)) > 8
 
 
 # ---- add_lora ----------------------------------------------------------------------------------------------------
@@ -317,7 +320,7 @@ def test_a_lora_that_moves_weights_and_fails_is_undone(kind):
 
 @pytest.mark.parametrize("kind", ["pissa", "olora", "mica", "gaussian"])
 def test_initialisations(route, kind, tmp_path):
-    """Those that move a part of W into the LoRA, too: dense it is PEFT's LoRA; saved, loaded and merged it is exact."""
+    """Those that move a part of W into the LoRA, too: dense it is PEFT's LoRA; saved, loaded, merged it is exact."""
     torch.manual_seed(3)
     control = get_peft_model(MODELS["llama"](), lora_config(init_lora_weights=kind)).eval()
     control.save_pretrained(tmp_path / "control")
@@ -343,6 +346,53 @@ def test_target_parameters(route, targets, tmp_path):
         close(logits(model, "llama"), logits(control, "llama"))
     assert torch.equal(logits(load_with_lora(MODELS["llama"](), tmp_path).eval(), "llama"), wanted)
     close(logits(model.merge_and_unload(), "llama"), wanted)
+
+
+def test_lora_bias(route, tmp_path):
+    """Merged where the base has biases, refused where it has none; PEFT stops there with half of it merged."""
+    for family in ("opt", "llama"):
+        model = route(family, lora=lora_config(lora_bias=True))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name and "bias" in name:
+                    parameter.normal_()
+        wanted = logits(model, family)
+        model.save_pretrained(tmp_path / family)
+        again = load_with_lora(MODELS[family](), tmp_path / family).eval()
+        assert torch.equal(logits(again, family), wanted)
+        if family == "llama":
+            for merge in (model.merge_adapter, model.merge_and_unload):
+                with pytest.raises(ValueError, match="'task' has lora_bias=True, and the base has layers without"):
+                    merge()
+                assert torch.equal(logits(model, family), wanted)
+            return
+        model.merge_adapter()
+        close(logits(model, family), wanted)
+        model.unmerge_adapter()
+        close(logits(model.merge_and_unload(), family), wanted)
+
+
+def test_arrow(tmp_path):
+    """SPON over PEFT's router between LoRAs; a router alone has nothing to route."""
+    for i, name in enumerate("ab"):
+        torch.manual_seed(i)
+        get_peft_model(MODELS["llama"](), lora_config(target_modules=["q_proj"])).save_pretrained(tmp_path / name)
+    control = create_arrow_model(
+        MODELS["llama"](), [str(tmp_path / "a"), str(tmp_path / "b")], ArrowConfig(top_k=1)
+    ).eval()
+    wanted = logits(control, "llama")
+    model = calibrated(get_peft_model(control, spon_config()))
+    with dense_mode(model):
+        assert torch.equal(logits(model, "llama"), wanted)
+    model.save_pretrained(tmp_path / "both")
+    sparse = logits(model, "llama")
+    control = create_arrow_model(MODELS["llama"](), [str(tmp_path / "a"), str(tmp_path / "b")], ArrowConfig(top_k=1))
+    again = PeftModel.from_pretrained(control, tmp_path / "both").eval()
+    assert torch.equal(logits(again, "llama"), sparse)
+    with pytest.raises(ValueError, match="create_arrow_model"):
+        load_with_lora(MODELS["llama"](), tmp_path / "both", adapter_name="arrow_router")
+    with pytest.raises(ValueError, match="create_arrow_model"):
+        add_lora(model, lora_config(arrow_config=ArrowConfig()), "router")
 
 
 @pytest.mark.parametrize("first", ["lora", "spon"])
@@ -452,9 +502,9 @@ def test_killed_while_saving_a_lora(tmp_path):
     def load(folder):
         return PeftModel.from_pretrained(MODELS["llama"](), folder).eval()
 
-    outcomes = kill_everywhere(
-        tmp_path, load, lambda folder: save_lora(old, folder), lambda folder: save_lora(new, folder), allowed
-    )
+    save_lora(old, tmp_path / "old")
+    save_old = partial(shutil.copytree, tmp_path / "old")
+    outcomes = kill_everywhere(tmp_path, load, save_old, partial(save_lora, new), allowed)
     assert len(outcomes) > 8
 
 
