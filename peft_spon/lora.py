@@ -96,7 +96,13 @@ MOVES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class LoraBeneathSponConfig(LoraConfig):
-    """A `LoraConfig` inside a SPON model; saved as the plain `LoraConfig` it is."""
+    """A `LoraConfig` inside a SPON model, made by `beneath`; saved as the plain `LoraConfig` it is."""
+
+    def __post_init__(self):
+        raise ValueError(
+            f"{CONFIG_NAME} has peft_type={SponPeftType.LORA.value!r}, which no file has: it was edited. Save or "
+            "download the adapter again."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "peft_type": PeftType.LORA}
@@ -384,8 +390,11 @@ def wrappers(model: nn.Module) -> Iterator[AuxiliaryTrainingWrapper]:
 
 @contextmanager
 def restored_on_error(model: nn.Module, with_weights: bool = False) -> Iterator[None]:
-    """`with restored_on_error(model):` if the body raises, the model is as it was: modules, what is trained, modes,
-    names of adapters, hooks, settings; with `with_weights`, for what changes W, the values of all parameters, too."""
+    """`with restored_on_error(model):` if the body raises, the model is as it was.
+
+    That is its modules, what is trained, modes, names of adapters, hooks and settings; with `with_weights`, for what
+    changes W, the values of its parameters, too.
+    """
     settings = getattr(model, "config", None)
     things = [*model.modules(), *([settings] if isinstance(settings, PretrainedConfig) else [])]
     before = [(thing, dict(vars(thing))) for thing in things]
@@ -395,7 +404,8 @@ def restored_on_error(model: nn.Module, with_weights: bool = False) -> Iterator[
     parameters = list(model.parameters())
     trained = [parameter.requires_grad for parameter in parameters]
     # On the CPU, since the accelerator may have no room for them.
-    values = [(p, p.detach().to("cpu", copy=True)) for p in parameters if with_weights and not p.is_meta]
+    plain = [p for p in parameters if with_weights and p.is_floating_point() and not p.is_meta]
+    values = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in plain]
     try:
         yield
     except BaseException:
@@ -454,7 +464,7 @@ def expect(call: str, argument: str, value: Any, kind: type | tuple[type, ...], 
     """Raises `TypeError` for an argument of another kind, as when the order is mixed up."""
     if not isinstance(value, kind):
         shown = f" {value!r}" if isinstance(value, (str, os.PathLike, int, float)) else ""
-        raise TypeError(f"{call}: {argument} is {what}; {type(value).__name__}{shown} was given.")
+        raise TypeError(f"{call}: {argument} must be {what}, not {type(value).__name__}{shown}.")
 
 
 def check_trainable(what: str) -> None:
@@ -579,14 +589,11 @@ def lora_checksums(model: nn.Module, spon_tensors: Mapping[str, torch.Tensor]) -
             saved is not what this process holds (sharded, or a state dict of the caller's own).
     """
     names = lora_names(model.peft_config)
-    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())} if names else {}
     if names and not all(key in held and is_same(value, held[key]) for key, value in spon_tensors.items()):
         return None
-    found = {}
-    for name in names:
-        config = model.peft_config[name]
-        found[name] = checksums_of(config, get_peft_model_state_dict(model, None, name, save_embedding_layers=False))
-    return found
+    state = partial(get_peft_model_state_dict, model, None, save_embedding_layers=False)
+    return {name: checksums_of(model.peft_config[name], state(name)) for name in names}
 
 
 def is_same(saved: torch.Tensor, held: torch.Tensor) -> bool:
@@ -629,11 +636,10 @@ class SavedLora:
     def __init__(self, folder: str | os.PathLike, name: str, subfolder: str | None, hub: dict[str, Any]):
         self.where = "/".join([os.fspath(folder), *([subfolder] if subfolder else [])])
         self.name, self.is_chosen = name, subfolder is None
-        hub = {key: value for key, value in hub.items() if key != "force_download"}  # not twice
-        self.config = self._read(CONFIG_NAME, PeftConfig.from_pretrained, folder, subfolder=subfolder, **hub)
+        place = {**hub, "subfolder": subfolder}
+        self.config = self._read(CONFIG_NAME, PeftConfig.from_pretrained, os.fspath(folder), **place)
         check_lora(self.config, name)
-        hub["subfolder"] = subfolder
-        self.tensors = self._read(SAFETENSORS_WEIGHTS_NAME, load_peft_weights, os.fspath(folder), "cpu", **hub)
+        self.tensors = self._read(SAFETENSORS_WEIGHTS_NAME, load_peft_weights, os.fspath(folder), "cpu", **place)
         self.checksums = checksums_of(self.config, self.tensors)
 
     def _read(self, file: str, read: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -666,28 +672,18 @@ class SavedLora:
         """Raises `ValueError` unless it is the LoRA that the SPON adapter in `spon` names; None: names none, older."""
         if named is None or (not named and self.is_chosen):
             return
-        if self.is_chosen and not any(self._differs(wanted) is None for wanted in named.values()):
-            raise ValueError(
-                f"The SPON adapter {spon} was saved with the LoRAs {sorted(named)}, and {self.where} is none of them: "
-                "damaged, of another saving, or trained further. Give the one that belongs to it. To combine the two "
-                "on purpose: model = PeftModel.from_pretrained(base, spon); add_lora(model, "
-                "LoraConfig.from_pretrained(lora), 'name'); model.load_adapter(lora, 'name')."
-            )
-        if self.is_chosen:
+        candidates = [wanted for name, wanted in named.items() if self.is_chosen or name == self.name]
+        differ = [self._differs(wanted) for wanted in candidates]
+        if None in differ:
             return
-        if self.name not in named:
-            raise ValueError(
-                f"The SPON adapter {spon} was saved with {f'the LoRAs {sorted(named)}' if named else 'no LoRA'}, but "
-                f"{self.where} holds one: of another saving, or the last one was interrupted. Save the model again"
-                + (f", or, if the two belong together, give lora='{self.where}'." if not named else ".")
-            )
-        file = self._differs(named[self.name])
-        if file is not None:
-            raise ValueError(
-                f"{self.where}/{file} is not what the SPON adapter {spon} was saved with: it is damaged or of another "
-                "saving, or the last one was interrupted. Save the model again, or give the LoRA that belongs to it "
-                "as lora."
-            )
+        where = f"{self.where}/{differ[0]}" if len(differ) == 1 else self.where
+        was = f"the LoRAs {sorted(named)}" if named else "no LoRA"
+        raise ValueError(
+            f"{where} is not what the SPON adapter {spon} was saved with ({was}): it is damaged, of another saving "
+            "(the last one may have been interrupted), or was trained further. Save the model again, or give the LoRA that "
+            "belongs to it as lora. To combine the two on purpose: model = PeftModel.from_pretrained(base, spon); "
+            "add_lora(model, LoraConfig.from_pretrained(lora), 'name'); model.load_adapter(lora, 'name')."
+        )
 
     def _differs(self, wanted: dict[str, str]) -> str | None:
         """The file that is not what these checksums are of, or None."""

@@ -84,9 +84,7 @@ def test_a_mixture_of_two_savings_is_refused(route, fields, tmp_path):
     shutil.copytree(tmp_path / "old", tmp_path / "mixed")
     shutil.copy(tmp_path / "new/task" / WEIGHTS, tmp_path / "mixed/task")
     refuses(tmp_path / "mixed", rf"mixed/task/{WEIGHTS} is not what the SPON adapter .*mixed was saved with")
-    refuses(
-        tmp_path / "old", r"was saved with the LoRAs \['task'\], and .*new/task is none of them", tmp_path / "new/task"
-    )
+    refuses(tmp_path / "old", rf"new/task/{WEIGHTS} is not what the SPON adapter .*old was", tmp_path / "new/task")
     for lora in (None, tmp_path / "new/task"):
         again = load_with_lora(MODELS["llama"](), tmp_path / "new", lora).eval()
         assert torch.equal(logits(again, "llama"), wanted)
@@ -171,6 +169,14 @@ def test_a_damaged_spon_adapter_leaves_the_base_as_it_was(damage, kind, tmp_path
     refuses(tmp_path, ".", tmp_path / "task", trainable="both")
 
 
+def test_the_type_that_never_leaves_a_process_is_refused(tmp_path):
+    spon_then_lora().save_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "task"):
+        edit(folder / CONFIG, peft_type="SPON_LORA")
+        with pytest.raises(ValueError, match="peft_type='SPON_LORA', which no file has"):
+            PeftModel.from_pretrained(MODELS["llama"](), folder)
+
+
 def test_two_loras_or_two_spon_adapters_are_no_spon_with_lora(tmp_path):
     model = spon_then_lora()
     model.save_pretrained(tmp_path)
@@ -216,7 +222,10 @@ def test_an_adapter_without_a_lora_takes_one_that_is_given(tmp_path):
     again = load_with_lora(MODELS["llama"](), tmp_path / "spon", tmp_path / "spon/task").eval()
     assert torch.equal(logits(again, "llama"), logits(spon, "llama"))
     # The same files are what an interrupted saving leaves, so they need to be named.
-    refuses(tmp_path / "spon", "was saved with no LoRA, but .*spon/task holds one.*give lora='.*spon/task'")
+    refuses(
+        tmp_path / "spon",
+        r"spon/task is not what .* \(no LoRA\).*interrupted.*that belongs to it as lora",
+    )
 
 
 def test_several_loras_each_with_its_name(tmp_path):
@@ -229,7 +238,7 @@ def test_several_loras_each_with_its_name(tmp_path):
     (tmp_path / "other").rename(tmp_path / "task")
     refuses(tmp_path, "task/adapter_model.safetensors is not what the SPON adapter")
     (tmp_path / "task").rename(tmp_path / "third")
-    refuses(tmp_path, r"was saved with the LoRAs \['other', 'task'\], but .*third holds one", adapter_name="third")
+    refuses(tmp_path, r"third is not what .* was saved with \(the LoRAs \['other', 'task'\]\)", adapter_name="third")
 
 
 def test_the_remedy_combines_what_does_not_belong_together(tmp_path):
@@ -514,21 +523,21 @@ def test_killed_while_saving_a_lora(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda m: add_lora(lora_config(), m), r"add_lora\(model, config\): model must be .*SPON, not LoraConfig"),
+        (lambda m: add_lora(m, "task", lora_config()), "config must be a LoraConfig, not str 'task'"),
+        (lambda m: add_lora(m, lora_config(), lora_config()), "adapter_name must be a name, not LoraConfig"),
+        (lambda m: load_with_lora("out", m), r"load_with_lora\(model, spon, lora\): model must be .*, not str 'out'"),
+        (lambda m: load_with_lora("out", "task", m), "model must be the base model, not str 'out'"),
         (
-            lambda m: add_lora(lora_config(), m),
-            r"add_lora\(model, config\): model is the PeftModel.*LoraConfig was given",
+            lambda m: load_with_lora(m, SponConfig()),
+            "spon must be folder or Hub id of the SPON adapter, not Spon",
         ),
-        (lambda m: add_lora(m, "task", lora_config()), r"config is a LoraConfig; str 'task' was given"),
-        (lambda m: add_lora(m, lora_config(), lora_config()), "adapter_name is a name; LoraConfig was given"),
-        (lambda m: load_with_lora("out", m), r"load_with_lora\(model, spon, lora\): model is the base.*str 'out' was"),
-        (lambda m: load_with_lora("out", "task", m), "model is the base model; str 'out' was given"),
-        (lambda m: load_with_lora(m, SponConfig()), "spon is folder or Hub id of the SPON adapter; SponConfig was"),
-        (lambda m: load_with_lora(m, "out", lora_config()), "lora is folder or Hub id of the LoRA; LoraConfig was"),
-        (lambda m: load_with_lora(m, "out", "lora", 3), "adapter_name is the LoRA's name; int 3 was given"),
-        (lambda m: save_lora("out", m), r"save_lora\(model, save_directory\): model is the PeftModel.*str 'out' was"),
-        (lambda m: save_lora(m, lora_config()), "save_directory is a folder; LoraConfig was given"),
-        (lambda m: set_trainable("lora", m), r"set_trainable\(model, what\): model is a model.*str 'lora' was given"),
-        (lambda m: without_lora("task").__enter__(), r"without_lora\(model\): model is .*str 'task' was given"),
+        (lambda m: load_with_lora(m, "out", lora_config()), "lora must be folder or Hub id of the LoRA, not LoraConf"),
+        (lambda m: load_with_lora(m, "out", "lora", 3), "adapter_name must be the LoRA's name, not int 3"),
+        (lambda m: save_lora("out", m), r"save_lora\(model, save_directory\): model must be .*, not str 'out'"),
+        (lambda m: save_lora(m, lora_config()), "save_directory must be a folder, not LoraConfig"),
+        (lambda m: set_trainable("lora", m), r"set_trainable\(model, what\): model must be .*, not str 'lora'"),
+        (lambda m: without_lora("task").__enter__(), r"without_lora\(model\): model must be .*, not str 'task'"),
     ],
 )
 def test_arguments_in_another_order(call, message):
