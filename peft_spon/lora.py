@@ -90,6 +90,7 @@ LORA_FIELDS = (
     "monteclora_config",
     "arrow_config",
     "ensure_weight_tying",
+    "megatron_config",
 )
 # Beginnings of `init_lora_weights` that put a part of W into the LoRA and take it out of W.
 MOVES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -680,9 +681,10 @@ class SavedLora:
         was = f"the LoRAs {sorted(named)}" if named else "no LoRA"
         raise ValueError(
             f"{where} is not what the SPON adapter {spon} was saved with ({was}): it is damaged, of another saving "
-            "(the last one may have been interrupted), or was trained further. Save the model again, or give the LoRA that "
-            "belongs to it as lora. To combine the two on purpose: model = PeftModel.from_pretrained(base, spon); "
-            "add_lora(model, LoraConfig.from_pretrained(lora), 'name'); model.load_adapter(lora, 'name')."
+            "(the last one may have been interrupted), or was trained further. Save the model again, or give the LoRA "
+            "that belongs to it as lora. To combine the two on purpose: "
+            "model = PeftModel.from_pretrained(base, spon); add_lora(model, LoraConfig.from_pretrained(lora), 'name'); "
+            "model.load_adapter(lora, 'name')."
         )
 
     def _differs(self, wanted: dict[str, str]) -> str | None:
