@@ -683,8 +683,8 @@ class SavedLora:
             f"{where} is not what the SPON adapter {spon} was saved with ({was}): it is damaged, of another saving "
             "(the last one may have been interrupted), or was trained further. Save the model again, or give the LoRA "
             "that belongs to it as lora. To combine the two on purpose: "
-            "model = PeftModel.from_pretrained(base, spon); add_lora(model, LoraConfig.from_pretrained(lora), 'name'); "
-            "model.load_adapter(lora, 'name')."
+            "model = PeftModel.from_pretrained(base, spon); "
+            "add_lora(model, LoraConfig.from_pretrained(lora), 'name'); model.load_adapter(lora, 'name')."
         )
 
     def _differs(self, wanted: dict[str, str]) -> str | None:
