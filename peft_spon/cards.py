@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from ._version import __version__
+from .files import written_aside
 
 
 PAPER = "[Resting Neurons, Active Insights](https://arxiv.org/abs/2512.12744)"
@@ -171,7 +172,9 @@ def _save(card: ModelCard, folder: str | os.PathLike, text: str, library: str, b
     # A folder of this machine means nothing elsewhere, and the Hub refuses it.
     card.data.base_model = base if base and not os.path.exists(base) and _is_repo_id(base) else None
     card.text = f"{textwrap.dedent(text)}\n{MARK}\n"
-    card.save(Path(folder, "README.md"))
+    with written_aside(folder) as aside:
+        card.save(aside / "README.md")
+        os.replace(aside / "README.md", Path(folder, "README.md"))
 
 
 def _is_repo_id(name: str) -> bool:

@@ -4,8 +4,6 @@
 
 import os
 import re
-import shutil
-import tempfile
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -22,6 +20,7 @@ from ._version import __version__
 from .cards import adapter_card
 from .checksums import fields_checksum
 from .criteria import CRITERIA, Criterion
+from .files import written_aside
 
 
 class SponPeftType(str, Enum):
@@ -103,8 +102,9 @@ class SponConfig(PeftConfig):
             entries by the criterion's own score.
         peft_spon_version (`str`, *optional*):
             Version of peft_spon that wrote the adapter; filled in by itself.
-        checksums (`dict[str, str]`, *optional*):
-            Of the saved fields and tensors, to notice damaged or mixed up files; filled in by itself.
+        checksums (`dict[str, Any]`, *optional*):
+            Of the saved fields and tensors, and of the LoRAs beneath, to notice damaged or mixed files; filled in by
+            itself.
 
     Raises:
         `ValueError`: for an unknown, contradictory or out-of-range setting.
@@ -172,7 +172,7 @@ class SponConfig(PeftConfig):
     peft_spon_version: str | None = field(
         default=None, metadata={"help": "Version of peft_spon that wrote the adapter; filled in by itself."}
     )
-    checksums: dict[str, str] | None = field(
+    checksums: dict[str, Any] | None = field(
         default=None, metadata={"help": "Of the saved fields and tensors; filled in by itself."}
     )
 
@@ -211,6 +211,8 @@ class SponConfig(PeftConfig):
             raise ValueError(f"calibrated is {self.calibrated!r}; it is True or False and written by calibrate().")
         # Of the tensors that are about to be saved with this configuration, see SponModel.
         self._tensors_checksum: str | None = None
+        # Of the LoRAs beneath, by name.
+        self._lora_checksums: dict[str, dict[str, str]] | None = None
         # Of an adapter that was just put into a model and holds no work yet, see SponModel.
         self._is_new = False
 
@@ -233,13 +235,12 @@ class SponConfig(PeftConfig):
         checksums = {"fields": self._fields_checksum()}
         if self._tensors_checksum is not None:
             checksums["tensors"] = self._tensors_checksum
+        if self._lora_checksums is not None:
+            checksums["loras"] = self._lora_checksums
         self.checksums = checksums
-        os.makedirs(save_directory, exist_ok=True)
-        for left_over in Path(save_directory).glob(".spon-saving-*"):
-            shutil.rmtree(left_over)
-        with tempfile.TemporaryDirectory(prefix=".spon-saving-", dir=save_directory) as aside:
-            super().save_pretrained(aside, **kwargs)
-            os.replace(os.path.join(aside, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
+        with written_aside(save_directory) as aside:
+            super().save_pretrained(str(aside), **kwargs)
+            os.replace(aside / CONFIG_NAME, Path(save_directory, CONFIG_NAME))
         self.checksums = None
         adapter_card(save_directory, self, kwargs.get("auto_mapping_dict"))
 
@@ -255,7 +256,10 @@ class SponConfig(PeftConfig):
                 f"missing (it now says {values}). To change a setting, set it on a loaded SponConfig and pass that: "
                 "PeftModel.from_pretrained(base, folder, config=config)."
             )
-        self.checksums = {"tensors": checksums["tensors"]} if "tensors" in checksums else None
+        loras = checksums.get("loras", {})
+        if not isinstance(loras, dict) or not all(isinstance(entry, dict) for entry in loras.values()):
+            raise ValueError(f"checksums has loras={loras!r}; {CONFIG_NAME} is damaged or was edited. Save it again.")
+        self.checksums = {part: checksums[part] for part in ("tensors", "loras") if part in checksums} or None
 
     def _fields_checksum(self) -> str:
         return fields_checksum({name: getattr(self, name) for name in COMPUTING_FIELDS})

@@ -21,9 +21,11 @@ from .loading import find_other_settings, find_problem, own_checksum, remove_ada
 from .lora import (
     active_lora,
     apply_trainable,
+    check_biases,
     check_finite,
     delete_lora,
     load_loras_along,
+    lora_checksums,
     lora_layers,
     lora_names,
     lora_taken_over,
@@ -194,8 +196,10 @@ class SponModel(BaseTuner):
             safe_merge (`bool`, *optional*, defaults to `False`): check that everything is finite first.
 
         Raises:
-            `ValueError`: with `safe_merge`, something is NaN or infinite; nothing is merged then.
+            `ValueError`: with `safe_merge`, something is NaN or infinite; a LoRA with `lora_bias` on layers without
+                bias. Nothing is merged then.
         """
+        check_biases(lora_layers(self.model), adapter_names)
         layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         before = {layer: list(layer.merged_adapters) for layer in layers}
         try:
@@ -228,8 +232,10 @@ class SponModel(BaseTuner):
                 their dtype. Saves a product per input at run time; the weights are then no longer the base's.
 
         Raises:
-            `ValueError`: with `safe_merge`, something is NaN or infinite; with `fold_gain`, quantised weights.
+            `ValueError`: with `safe_merge`, something is NaN or infinite; with `fold_gain`, quantised weights; a LoRA
+                with `lora_bias` on layers without bias.
         """
+        check_biases(lora_layers(self.model), adapter_names)
         layers = spon_layers(self.model)
         for name, layer in layers.items():
             if fold_gain and layer.spon_gain and not has_plain_weight(layer.get_base_layer()):
@@ -328,6 +334,7 @@ class SponModel(BaseTuner):
         named = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in found.items()}
         # The configuration, which PEFT saves next, says which tensors belong to it.
         config._tensors_checksum = own_checksum(named)
+        config._lora_checksums = lora_checksums(model, found)
         keep_card_on_hub(model, adapter_card_for_hub)
         load_loras_along(model)
         return found

@@ -20,6 +20,7 @@ LEVELS = {
     "cards": 0.5,
     "checksums": 0,
     "sparse_linear": 0.7,
+    "files": 0,
     "config": 1,
     "weights": 1,
     "layer": 2,
