@@ -14,6 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import SponConfig
+from .offload import StaysLoaded, execution_device
 from .sparse_linear import (
     LayerSettings,
     add_from,
@@ -29,7 +30,7 @@ from .weights import column_norms, has_plain_weight, linear_sizes, through_weigh
 QUANTILE_POINTS = 257
 
 
-class Fp32BufferDict(BufferDict):
+class Fp32BufferDict(StaysLoaded, BufferDict):
     """Persistent buffers keyed by adapter name that follow the device of the module but never leave fp32."""
 
     def __init__(self):
@@ -66,7 +67,7 @@ class Place:
         return Place, ()
 
 
-class Fp32ParameterDict(nn.ParameterDict):
+class Fp32ParameterDict(StaysLoaded, nn.ParameterDict):
     """Parameters keyed by adapter name that follow the device of the module but never leave fp32."""
 
     def _apply(self, fn: Callable, recurse: bool = True):
@@ -164,7 +165,9 @@ class SponLayer(BaseTunerLayer):
         if device is None:
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         meta = torch.device("meta")
-        if device is None or device == meta:
+        if device == meta:
+            device = execution_device(self.get_base_layer())
+        if device is None:
             return
         for name in self.adapter_layer_names:
             held = getattr(self, name)
@@ -374,7 +377,10 @@ class SponLinear(nn.Module, SponLayer):
             raise
         base = self.base_layer
         in_bias = (
-            merged.shift is not None and has_plain_weight(base) and self.spon_settings[names[0]].prefill == "sparse"
+            merged.shift is not None
+            and has_plain_weight(base)
+            and execution_device(base) is None  # a hook brings back the bias that it knows
+            and self.spon_settings[names[0]].prefill == "sparse"
         )
         if in_bias:
             bias = base.bias

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .criteria import Criterion, keep_above, keep_top_k
+from .offload import align_hooks
 
 
 # Buffers of a merged layer; those that it does not need are None.
@@ -181,6 +182,8 @@ def make_sparse(layer: nn.Module, settings: LayerSettings, state: dict[str, torc
     if "_old_forward" in vars(layer):
         # accelerate's hooks (device_map) call the forward that the layer had when they were added.
         layer._old_forward = MethodType(type(layer).forward, layer)
+        for hook in align_hooks(layer):
+            hook.offload_buffers = False  # it would not find SPON's where it keeps the layer's own
     return layer
 
 

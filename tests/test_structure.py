@@ -18,6 +18,7 @@ LEVELS = {
     "data": 0,
     "cards": 0.5,
     "checksums": 0,
+    "offload": 0,
     "sparse_linear": 0.5,
     "config": 1,
     "weights": 1,
