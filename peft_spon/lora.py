@@ -24,6 +24,7 @@ from packaging.version import Version
 from peft import LoraConfig, LoraModel, PeftConfig, PeftModel, PeftType, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import (
+    BaseTuner,
     BaseTunerLayer,
     cast_adapter_dtype,
     delete_adapter,
@@ -145,7 +146,7 @@ def lora_taken_over(
     if not any(is_plain_lora(config) for config in configs.values()):
         yield model, None
         return
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = model_inside(model)
     for name, config in configs.items():
         check_lora(config, name)
         check_modules_to_save(inner, spon_config, config)
@@ -162,9 +163,15 @@ def lora_taken_over(
         raise
 
 
+def model_inside(model: nn.Module) -> nn.Module:
+    """The model inside a `PeftModel` that has tuner layers; any other as it is."""
+    # Not get_base_model(): it looks up the active adapter, which may have got another name or be gone.
+    return model.base_model.model if isinstance(model, PeftModel) and isinstance(model.base_model, BaseTuner) else model
+
+
 def is_plain_lora(config: PeftConfig) -> bool:
     """True for LoRA itself, not for other methods, some of whose configurations are subclasses of LoRA's."""
-    return config.peft_type == PeftType.LORA
+    return config.peft_type in (PeftType.LORA, SponPeftType.LORA)
 
 
 def check_lora(config: PeftConfig, name: str) -> None:
