@@ -7,7 +7,19 @@ import warnings
 import pytest
 import torch
 from models import MODELS, inputs, logits
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    AdaLoraConfig,
+    AdaptionPromptConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peft.utils import AuxiliaryTrainingWrapper
 from test_peft_contract import needs_own_adapter_methods
 
@@ -164,3 +176,61 @@ def test_transformers_own_adapters(llama):
     assert torch.equal(logits(model, "llama"), logits(fresh, "llama"))
     assert not any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
     assert sum(isinstance(module, SponLayer) for module in model.modules()) == 14
+
+
+OTHERS = {
+    "IA3": lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "VERA": lambda: VeraConfig(target_modules=["v_proj"]),
+    "ADALORA": lambda: AdaLoraConfig(target_modules=["v_proj"], total_step=10),
+    "LN_TUNING": lambda: LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM"),
+    "PREFIX_TUNING": lambda: PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    "PROMPT_TUNING": lambda: PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    "ADAPTION_PROMPT": lambda: AdaptionPromptConfig(adapter_layers=1, adapter_len=2, task_type="CAUSAL_LM"),
+}
+PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING", "ADAPTION_PROMPT")
+
+
+@pytest.mark.parametrize("method", OTHERS)
+@pytest.mark.parametrize("given", ["its PeftModel", "the base inside"])
+def test_over_another_method_is_refused_with_the_remedy(method, given, llama):
+    other = get_peft_model(llama, OTHERS[method]()).eval()
+    want, modules = logits(other, "llama"), [type(module) for module in other.modules()]
+    if given == "its PeftModel" or method not in PROMPTS:  # which leave the base as it is, or only know themselves
+        with pytest.raises(ValueError, match=f"is of type {method}.*SPON"):
+            get_peft_model(other if given == "its PeftModel" else llama, SponConfig())
+        assert [type(module) for module in other.modules()] == modules
+        assert torch.equal(logits(other, "llama"), want)
+    if method in PROMPTS[:2]:
+        base = other.get_base_model()
+    elif method == "ADAPTION_PROMPT":
+        return
+    else:
+        base = other.merge_and_unload()
+    assert len(spon_layers(get_peft_model(base, SponConfig()))) == 14
+
+
+@needs_own_adapter_methods
+@pytest.mark.parametrize("method", ["IA3", "LN_TUNING"])
+def test_another_method_through_transformers_or_injected(method, llama):
+    inject_adapter_in_model(OTHERS[method](), llama)
+    with pytest.raises(ValueError, match=f"is of type {method}; SPON combines with LoRA only. Merge it first"):
+        inject_adapter_in_model(SponConfig(), llama, "spon")
+    model = MODELS["llama"]()
+    model.add_adapter(OTHERS[method](), "other")
+    with pytest.raises(ValueError, match=f"'other' is of type {method}"):
+        model.add_adapter(SponConfig(), "spon")
+    assert not spon_layers(model) and not spon_layers(llama)
+
+
+def test_layers_of_another_method_without_its_configuration(llama):
+    get_peft_model(llama, OTHERS["IA3"]())
+    del llama.peft_config
+    with pytest.raises(ValueError, match="is a peft.tuners.ia3.layer.Linear layer; SPON combines with LoRA only"):
+        get_peft_model(llama, SponConfig())
+
+
+def test_beside_another_method(llama):
+    """PEFT's own check, on which this relies."""
+    model = get_peft_model(llama, OTHERS["IA3"]())
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        model.add_adapter("spon", SponConfig())
