@@ -56,9 +56,11 @@ class Place:
         self.parent, self.name = parent, name
 
     def taken_by(self, layer: nn.Module) -> nn.Module | None:
-        """The tuner layer that is there instead of the SPON layer, or None."""
+        """The tuner layer of another kind that is there instead of the SPON layer, or None."""
         there = layer if self.parent is None else self.parent._modules.get(self.name, layer)
-        return there if there is not layer and isinstance(there, BaseTunerLayer) else None
+        # A SPON layer is there where this one is a replica of it (nn.DataParallel).
+        is_other = there is not layer and isinstance(there, BaseTunerLayer) and not isinstance(there, SponLayer)
+        return there if is_other else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Place":
         return Place(memo.get(id(self.parent)), self.name)
@@ -347,11 +349,11 @@ class SponLinear(nn.Module, SponLayer):
         first = self.first_sparse_token(x, merged.first)
         sparse = self.sparsify(x, merged.first)
         if merged.scale is not None:
-            sparse = sparse * merged.scale.to(sparse.dtype)
+            sparse = sparse * merged.scale.to(sparse)  # device, too: the model may have been moved, or be a replica
         if merged.inner is not None:
-            sparse = sparse + merged.inner.to(sparse.dtype)
+            sparse = sparse + merged.inner.to(sparse)
         y = self.base_layer(dense_before(first, x, sparse), *args, **kwargs)
-        return y if merged.shift is None or merged.in_bias else add_from(first, y, merged.shift)
+        return y if merged.shift is None or merged.in_bias else add_from(first, y, merged.shift.to(y))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """b' = b + W anchor, in fp32. S stays active, gains stay a scale of the input: W is not touched.

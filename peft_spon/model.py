@@ -271,7 +271,12 @@ class SponModel(BaseTuner):
         choice = trainable_choice(self.model)
         if choice is not None and active_lora(self.model):
             apply_trainable(self.model, choice)
-        keep_switched_off(self.model)
+        keep_switched_off(self.model, enabled=True)
+
+    def disable_adapter_layers(self) -> None:
+        """As PEFT's; `dense_mode` blocks that are open leave the layers off when they end."""
+        super().disable_adapter_layers()
+        keep_switched_off(self.model, enabled=False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a SPON adapter, or a LoRA beneath; with the last LoRA its layers go, too.

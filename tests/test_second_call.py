@@ -219,7 +219,8 @@ def test_another_method_through_transformers_or_injected(method, llama):
     model.add_adapter(OTHERS[method](), "other")
     with pytest.raises(ValueError, match=f"'other' is of type {method}"):
         model.add_adapter(SponConfig(), "spon")
-    assert not spon_layers(model) and not spon_layers(llama)
+    assert not spon_layers(model)
+    assert not spon_layers(llama)
 
 
 def test_layers_of_another_method_without_its_configuration(llama):
