@@ -70,6 +70,7 @@ class SponModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # targets are found by walking the model, see _prepare_model
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        given, model = model, compile_in_place(model)
         is_new_model = isinstance(peft_config, dict)  # of get_peft_model; injecting adds to what is in the model
         config = peft_config[adapter_name] if is_new_model else peft_config
         with (
@@ -78,7 +79,7 @@ class SponModel(BaseTuner):
         ):
             super().__init__(inner, peft_config, adapter_name, *args, **kwargs)
         self.taken_over = taken
-        if inner is not model:  # PEFT reads the name off the model it was given
+        if inner is not given:  # PEFT reads the name off the model it was given
             self.peft_config[adapter_name].base_model_name_or_path = vars(inner).get("name_or_path") or None
 
     def _prepare_adapter_config(self, peft_config: SponConfig, model_config: dict) -> SponConfig:
@@ -314,6 +315,11 @@ class SponModel(BaseTuner):
         set_sparsity(self.model, sparsity, pattern, adapter_name)
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # In files as in a model of which nothing is compiled.
+        return super()._remove_adapter_name_from_key(key.replace("_orig_mod.", ""), adapter_name)
+
+    @classmethod
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
@@ -334,6 +340,7 @@ class SponModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SponConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        state_dict = {key.replace("_orig_mod.", ""): value for key, value in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         problem = find_problem(model, adapter_name, remapped)
         wanted = (config.checksums or {}).get("tensors")
@@ -358,6 +365,22 @@ class SponModel(BaseTuner):
 def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
     kwargs["adapter_names"] = adapter_names
     return args, kwargs
+
+
+def compile_in_place(model: nn.Module) -> nn.Module:
+    """The model without the wrappers of `torch.compile`, which change all names below them, also in files.
+
+    What they wrap stays compiled, as `module.compile()` does it.
+    """
+    for parent in list(model.modules()):
+        for child, module in list(parent.named_children()):
+            if "_orig_mod" in module._modules:
+                setattr(parent, child, compile_in_place(module))
+    if "_orig_mod" not in model._modules:
+        return model
+    inner = model._orig_mod
+    inner._compiled_call_impl = model.dynamo_ctx(inner._call_impl)
+    return inner
 
 
 @contextmanager

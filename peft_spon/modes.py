@@ -86,7 +86,7 @@ def switched_off(modules: list[nn.Module]):
 
 
 def keep_switched_off(model: nn.Module, enabled: bool) -> None:
-    """After PEFT has switched all tuner layers on or off: open `switched_off` blocks hold, and leave them like that."""
+    """After PEFT has switched all tuner layers on or off: what open `switched_off` blocks hold, and leave behind."""
     for module in model.modules():
         if (state := vars(module).get(held("_disable_adapters"))) is not None:
             setattr(module, held("_disable_adapters"), (state[0], not enabled))
