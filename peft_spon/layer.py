@@ -192,7 +192,7 @@ class SponLayer(BaseTunerLayer):
         settings = self.spon_settings[adapter_name]
         threshold = self.spon_threshold[adapter_name] if settings.uses_threshold else None
         unseen = threshold is not None and adapter_name not in self._thresholds_seen
-        if unseen and not torch.compiler.is_compiling():
+        if unseen and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             if threshold.isnan():
                 raise ValueError(
                     f"Adapter {adapter_name!r} is said to be calibrated but has no thresholds: its SponConfig is that "

@@ -21,6 +21,10 @@ from .offload import align_hooks
 STATE = ("spon_threshold", "spon_column_scale", "spon_input_scale", "spon_shift")
 
 
+# torch 2.6 does not say.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
 @dataclass(frozen=True)
 class LayerSettings:
     """What one adapter asks of one layer."""
@@ -57,9 +61,20 @@ def keep_mask(
 
 
 def first_sparse_token(x: torch.Tensor, prefill: str | float) -> int:
-    """Position on the token axis of x (..., tokens, in) where sparsity begins."""
+    """Position on the token axis of x (..., tokens, in) where sparsity begins.
+
+    Raises:
+        `ValueError`: it is no constant, and the model is being exported or traced, which would make it one.
+    """
+    if prefill in ("sparse", 0):
+        return 0
+    if torch.jit.is_tracing() or is_exporting():
+        raise ValueError(
+            f"prefill={prefill!r} leaves tokens dense by their number, and torch.export and torch.jit.trace would "
+            "keep that of the example. Use prefill='sparse', or export an adapter inside every_token_sparse(model)."
+        )
     tokens = x.shape[-2] if x.ndim > 1 else 1
-    if tokens == 1 or prefill == "sparse":
+    if tokens == 1:
         return 0
     return tokens if prefill == "dense" else math.ceil(prefill * tokens)
 
