@@ -16,12 +16,13 @@ from torch import nn
 
 from .config import SponConfig
 from .criteria import Sparsifier
+from .offload import StaysLoaded, execution_device
 from .repair import Repair, repaired_linear
 from .sparse_linear import LayerSettings, Prompt, first_sparse_token, make_sparse, merged_specs
 from .weights import has_plain_weight, linear_sizes, prepared_state, through_weight
 
 
-class Fp32BufferDict(BufferDict):
+class Fp32BufferDict(StaysLoaded, BufferDict):
     """Persistent buffers keyed by adapter name that follow the device of the module but never leave fp32."""
 
     def __init__(self):
@@ -47,9 +48,11 @@ class Place:
         self.parent, self.name = parent, name
 
     def taken_by(self, layer: nn.Module) -> nn.Module | None:
-        """The tuner layer that is there instead of the SPON layer, or None."""
+        """The tuner layer of another kind that is there instead of the SPON layer, or None."""
         there = layer if self.parent is None else self.parent._modules.get(self.name, layer)
-        return there if there is not layer and isinstance(there, BaseTunerLayer) else None
+        # A SPON layer is there where this one is a replica of it (nn.DataParallel).
+        is_other = there is not layer and isinstance(there, BaseTunerLayer) and not isinstance(there, SponLayer)
+        return there if is_other else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Place":
         return Place(memo.get(id(self.parent)), self.name)
@@ -58,7 +61,7 @@ class Place:
         return Place, ()
 
 
-class Fp32ParameterDict(nn.ParameterDict):
+class Fp32ParameterDict(StaysLoaded, nn.ParameterDict):
     """Parameters keyed by adapter name that follow the device of the module but never leave fp32."""
 
     def _apply(self, fn: Callable, recurse: bool = True):
@@ -157,7 +160,9 @@ class SponLayer(BaseTunerLayer):
         if device is None:
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         meta = torch.device("meta")
-        if device is None or device == meta:
+        if device == meta:
+            device = execution_device(self.get_base_layer())
+        if device is None:
             return
         for name in self.adapter_layer_names:
             held = getattr(self, name)
@@ -181,7 +186,8 @@ class SponLayer(BaseTunerLayer):
         """
         held = {name: getattr(self, f"spon_{name}") for name in self.state_names}
         state = {name: tensors[adapter_name] for name, tensors in held.items() if adapter_name in tensors}
-        if adapter_name not in self._state_seen and not torch.compiler.is_compiling():
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if adapter_name not in self._state_seen and not is_traced:
             if any(tensor.isnan().any() for tensor in state.values() if not tensor.is_meta):
                 raise ValueError(
                     f"Adapter {adapter_name!r} is said to be calibrated but has no thresholds: its SponConfig is that "
@@ -366,7 +372,11 @@ class SponLinear(nn.Module, SponLayer):
                 self.merge(adapter_names=before)
             raise
         base = self.base_layer
-        is_plain = has_plain_weight(base) and self.spon_settings[names[0]].prefill == "sparse"
+        is_plain = (
+            has_plain_weight(base)
+            and execution_device(base) is None  # a hook brings back the bias that it knows
+            and self.spon_settings[names[0]].prefill == "sparse"
+        )
         merged = Merged(names[0], repair)
         if repair.shift is not None and is_plain:
             bias = base.bias

@@ -36,6 +36,7 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import (
+    BaseTuner,
     BaseTunerLayer,
     cast_adapter_dtype,
     delete_adapter,
@@ -193,10 +194,11 @@ def lora_taken_over(
             f"The model has the SPON adapters {sorted(configs)} already; add another one with model.add_adapter("
             f"'name', config), or take the model without them: model.unload()."
         )
+    inner = model_inside(model)
+    check_other_methods(inner, configs)
     if not any(is_plain_lora(config) for config in configs.values()):
         yield model, None
         return
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     for name, config in configs.items():
         check_lora(config, name)
         check_modules_to_save(inner, spon_config, config)
@@ -213,9 +215,37 @@ def lora_taken_over(
         raise
 
 
+def model_inside(model: nn.Module) -> nn.Module:
+    """The model inside a `PeftModel` that has tuner layers; any other as it is."""
+    # Not get_base_model(): it looks up the active adapter, which may have got another name or be gone.
+    return (
+        model.base_model.model if isinstance(model, PeftModel) and isinstance(model.base_model, BaseTuner) else model
+    )
+
+
 def is_plain_lora(config: PeftConfig) -> bool:
     """True for LoRA itself, not for other methods, some of whose configurations are subclasses of LoRA's."""
-    return config.peft_type == PeftType.LORA
+    return config.peft_type in (PeftType.LORA, SponPeftType.LORA)
+
+
+def check_other_methods(model: nn.Module, configs: dict[str, PeftConfig]) -> None:
+    """Raises `ValueError` if the model has adapters of methods with which SPON does not combine."""
+    for name, config in configs.items():
+        if isinstance(config, SponConfig) or is_plain_lora(config):
+            continue
+        if config.is_prompt_learning or config.is_adaption_prompt:
+            raise ValueError(
+                f"Adapter {name!r} is of type {config.peft_type.value}: a prompt that is learned for the dense model, "
+                "and that no weights can take up. SPON does not combine with it; put SPON on the base model without "
+                "it: get_peft_model(model.get_base_model(), SponConfig(...)), or load the base again."
+            )
+        check_lora(config, name)
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, (SponLayer, LoraLayer)):
+            raise ValueError(
+                f"'{name}' is a {type(layer).__module__}.{type(layer).__name__} layer; SPON combines with LoRA only. "
+                "Take the other adapters out of the model first: merge_and_unload() or unload() of their PeftModel."
+            )
 
 
 def check_lora(config: PeftConfig, name: str) -> None:
@@ -224,8 +254,8 @@ def check_lora(config: PeftConfig, name: str) -> None:
         raise ValueError(f"What is given as the LoRA {name!r} is a SPON adapter; give a LoRA there.")
     if not is_plain_lora(config):
         raise ValueError(
-            f"Adapter {name!r} is of type {config.peft_type}; SPON combines with LoRA only. Merge it first: "
-            "model.merge_and_unload()."
+            f"Adapter {name!r} is of type {config.peft_type.value}; SPON combines with LoRA only. Merge it first: "
+            "base = model.merge_and_unload() of its PeftModel, then get_peft_model(base, SponConfig(...))."
         )
     if config.bias != "none":
         raise ValueError(

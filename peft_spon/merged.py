@@ -235,6 +235,11 @@ def save_merged(
             "without them in silence. Keep the adapter (save_pretrained before merging) and merge after loading, or "
             "merge into the base model in bf16."
         )
+    if any("_orig_mod" in module._modules for module in model.modules()):
+        raise ValueError(
+            "A part of the model is wrapped by torch.compile, which changes the names of what would be saved, so that "
+            "it would not load; compile in place instead: part.compile()."
+        )
     if not kwargs.get("safe_serialization", True):
         raise ValueError("safe_serialization=False writes pickles; merged SPON models are saved as safetensors only.")
     folder = Path(save_directory)

@@ -3,12 +3,14 @@
 """SPON as a PEFT tuner: finds the linear layers, wraps them, checks what is loaded."""
 
 import copy
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel, TaskType
+from peft import PeftConfig, PeftModel, TaskType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, set_adapter
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
@@ -29,6 +31,7 @@ from .lora import (
     lora_layers,
     lora_names,
     lora_taken_over,
+    model_inside,
     set_auxiliary,
     trainable_choice,
 )
@@ -77,11 +80,16 @@ class SponModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # targets are found by walking the model, see _prepare_model
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
-        with lora_taken_over(model, adapter_name, config) as (inner, taken):
+        given, model = model, compile_in_place(model)
+        is_new_model = isinstance(peft_config, dict)  # of get_peft_model; injecting adds to what is in the model
+        config = peft_config[adapter_name] if is_new_model else peft_config
+        with (
+            earlier_spon_taken_out(model, None if is_new_model else adapter_name),
+            lora_taken_over(model, adapter_name, config) as (inner, taken),
+        ):
             super().__init__(inner, peft_config, adapter_name, *args, **kwargs)
         self.taken_over = taken
-        if inner is not model:  # PEFT reads the name off the model it was given
+        if inner is not given:  # PEFT reads the name off the model it was given
             self.peft_config[adapter_name].base_model_name_or_path = vars(inner).get("name_or_path") or None
 
     def _prepare_adapter_config(self, peft_config: SponConfig, model_config: dict) -> SponConfig:
@@ -284,7 +292,12 @@ class SponModel(BaseTuner):
         choice = trainable_choice(self.model)
         if choice is not None and active_lora(self.model):
             apply_trainable(self.model, choice)
-        keep_switched_off(self.model)
+        keep_switched_off(self.model, enabled=True)
+
+    def disable_adapter_layers(self) -> None:
+        """As PEFT's; `dense_mode` blocks that are open leave the layers off when they end."""
+        super().disable_adapter_layers()
+        keep_switched_off(self.model, enabled=False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a SPON adapter, or a LoRA beneath; with the last LoRA its layers go, too.
@@ -322,6 +335,11 @@ class SponModel(BaseTuner):
         set_sparsity(self.model, sparsity, pattern, adapter_name)
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # In files as in a model of which nothing is compiled.
+        return super()._remove_adapter_name_from_key(key.replace("_orig_mod.", ""), adapter_name)
+
+    @classmethod
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
@@ -343,6 +361,7 @@ class SponModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SponConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        state_dict = {key.replace("_orig_mod.", ""): value for key, value in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         problem = find_problem(model, adapter_name, remapped)
         wanted = (config.checksums or {}).get("tensors")
@@ -367,6 +386,82 @@ class SponModel(BaseTuner):
 def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
     kwargs["adapter_names"] = adapter_names
     return args, kwargs
+
+
+def compile_in_place(model: nn.Module) -> nn.Module:
+    """The model without the wrappers of `torch.compile`, which change all names below them, also in files.
+
+    What they wrap stays compiled, as `module.compile()` does it.
+    """
+    for parent in list(model.modules()):
+        for child, module in list(parent.named_children()):
+            if "_orig_mod" in module._modules:
+                setattr(parent, child, compile_in_place(module))
+    if "_orig_mod" not in model._modules:
+        return model
+    inner = model._orig_mod
+    inner._compiled_call_impl = model.dynamo_ctx(inner._call_impl)
+    return inner
+
+
+@contextmanager
+def earlier_spon_taken_out(model: nn.Module, only: str | None) -> Iterator[None]:
+    """
+    Take SPON adapters out of a model on which `get_peft_model` is called again: their layers would go on acting.
+
+    Such a call is a notebook's cell that is run again, on the base model that it has changed before. If the body
+    raises, the layers are back. A `PeftModel` with SPON is left alone, see [`lora.lora_taken_over`].
+
+    Args:
+        model (`torch.nn.Module`): what the user hands to `get_peft_model`.
+        only (`str`, *optional*): take out the adapter of this name and leave the others; default: all.
+    """
+    inner = model_inside(model)
+    layers = list(spon_layers(inner).values())
+    configs: dict[str, PeftConfig] = getattr(inner, "peft_config", {})
+    held = {name for layer in layers for name in layer.spon_settings}
+    held |= {name for name, config in configs.items() if isinstance(config, SponConfig)}
+    gone = held if only is None else held & {only}
+    is_spon_model = isinstance(model, PeftModel) and isinstance(model.base_model, SponModel)
+    if is_spon_model or not layers or (only is not None and not gone):
+        yield
+        return
+    places, before, merged = [], dict(configs), [(layer, list(layer.merged_adapters)) for layer in layers]
+    for parent in list(inner.modules()):
+        for child, module in list(parent.named_children()):
+            if isinstance(module, SponLayer) and set(module.spon_settings) <= gone:
+                places.append((parent, child, module, module.base_layer))
+            elif isinstance(module, AuxiliaryTrainingWrapper) and module._adapters and module._adapters <= gone:
+                places.append((parent, child, module, module.original_module))
+    for layer in layers:
+        layer.unmerge()
+    for parent, child, _, plain in places:
+        setattr(parent, child, plain)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
+        for name in gone:
+            configs.pop(name, None)
+            for layer in spon_layers(inner).values():
+                layer.delete_adapter(name)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            yield
+    except BaseException:
+        for parent, child, module, _ in places:
+            setattr(parent, child, module)
+        for layer, names in merged:
+            if names:
+                layer.merge(adapter_names=names)
+        configs.clear()
+        configs.update(before)
+        raise
+    warnings.warn(
+        f"The model held SPON layers of an earlier call (adapters {sorted(gone)}); they were taken out, and what is "
+        "new is there alone. Save an adapter before you put another one on the same model, or use "
+        "model.add_adapter('name', config) to have several.",
+        stacklevel=3,
+    )
 
 
 def set_sparsity(

@@ -67,15 +67,15 @@ def repaired_linear(
         return linear(x)
     s = sparsifier(x, state)
     if repair.scale is not None:
-        s = s * repair.scale.to(s.dtype)
+        s = s * repair.scale.to(s)  # its device, too: the model may be a replica
     if repair.inner is not None:
-        s = s + repair.inner.to(s.dtype)
+        s = s + repair.inner.to(s)
     if first_sparse > 0:
         s = torch.cat([x[..., :first_sparse, :], s[..., first_sparse:, :]], dim=-2)
     y = linear(s)
     if repair.shift is None:
         return y
-    shift = repair.shift.to(y.dtype)
+    shift = repair.shift.to(y)
     if first_sparse > 0:
         shift = (torch.arange(y.shape[-2], device=y.device) >= first_sparse).unsqueeze(-1) * shift
     return y + shift

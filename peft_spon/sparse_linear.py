@@ -14,7 +14,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .criteria import Sparsifier, Spec
+from .offload import align_hooks
 from .repair import Repair, repaired_linear
+
+
+# torch 2.6 does not say.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,17 @@ def first_sparse_token(x: torch.Tensor, prefill: str | float, prompt: Prompt | N
         x (`torch.Tensor`): the layer's input.
         prefill (`str` or `float`): "sparse", "dense", or the share of the prompt's leading tokens that stay dense.
         prompt (`Prompt`, *optional*): where `generate` stands; without it an input of several tokens is a prompt.
+
+    Raises:
+        `ValueError`: it is no constant, and the model is being exported or traced, which would make it one.
     """
-    if prefill == "sparse" or x.ndim == 1:
+    if prefill in ("sparse", 0) or x.ndim == 1:
         return 0
+    if torch.jit.is_tracing() or is_exporting():
+        raise ValueError(
+            f"prefill={prefill!r} leaves tokens dense by their number, and torch.export and torch.jit.trace would "
+            "keep that of the example. Use prefill='sparse', or export an adapter inside every_token_sparse(model)."
+        )
     here = x.shape[-2]
     if prompt is None or prompt.tokens == 0:
         prompt = Prompt(length=here, tokens=here)
@@ -182,6 +195,8 @@ def make_sparse(layer: nn.Module, settings: LayerSettings, tensors: dict[str, to
     if "_old_forward" in vars(layer):
         # accelerate's hooks (device_map) call the forward that the layer had when they were added.
         layer._old_forward = MethodType(type(layer).forward, layer)
+        for hook in align_hooks(layer):
+            hook.offload_buffers = False  # it would not find SPON's where it keeps the layer's own
     return layer
 
 

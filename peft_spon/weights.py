@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .criteria import Criterion
+from .offload import execution_device, onloaded
 from .sparse_linear import SparseMixin
 
 
@@ -76,8 +77,9 @@ def through_weight(layer: nn.Module, vector: torch.Tensor) -> torch.Tensor:
     Weights are read where that is possible (bitsandbytes' 8 bit would quantise the vector too); other layers are
     probed as functions, in the dtype they compute in.
     """
-    weight = read_weight(layer)
-    return (probe(layer, vector[None]).float()[0]) if weight is None else weight.float() @ vector
+    with onloaded(layer):
+        weight = read_weight(layer)
+        return (probe(layer, vector[None]).float()[0]) if weight is None else weight.float() @ vector
 
 
 @torch.no_grad()
@@ -94,19 +96,22 @@ def prepared_state(
     specs = {n: s for n, s in criterion.state(n_in, n_out).items() if moments is not None or not s.from_data}
     if not specs:
         return {}
-    weight = read_weight(layer)
-    if weight is None:
-        reference = next(layer.parameters())
-        if reference.is_meta and not hasattr(layer, "_hf_hook"):
-            return {name: torch.full(spec.shape, math.nan, dtype=spec.dtype) for name, spec in specs.items()}
-        device = torch.device("cpu") if reference.is_meta else reference.device
-        columns = []
-        for first in range(0, n_in, chunk):
-            rows = torch.zeros(min(chunk, n_in - first), n_in, device=device)
-            rows[:, first:].fill_diagonal_(1)
-            columns.append(probe(layer, rows))
-        weight = torch.cat(columns).T
-    state = criterion.prepare(weight, moments)
+    with onloaded(layer):
+        weight = read_weight(layer)
+        if weight is not None:
+            state = criterion.prepare(weight, moments)
+            return {name: state[name] for name in specs}
+    reference = next(layer.parameters())
+    core = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    device = execution_device(core) if reference.is_meta else reference.device
+    if device is None:
+        return {name: torch.full(spec.shape, math.nan, dtype=spec.dtype) for name, spec in specs.items()}
+    columns = []
+    for first in range(0, n_in, chunk):
+        rows = torch.zeros(min(chunk, n_in - first), n_in, device=device)
+        rows[:, first:].fill_diagonal_(1)
+        columns.append(probe(layer, rows))
+    state = criterion.prepare(torch.cat(columns).T, moments)
     return {name: state[name] for name in specs}
 
 

@@ -21,6 +21,7 @@ LEVELS = {
     "checksums": 0,
     "sparse_linear": 0.7,
     "files": 0,
+    "offload": 0,
     "config": 1,
     "weights": 1,
     "layer": 2,
