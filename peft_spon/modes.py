@@ -31,27 +31,32 @@ _COUNTING = threading.RLock()
 
 @contextmanager
 def attribute(modules: list[nn.Module], name: str, value: Any) -> Iterator[None]:
-    """Set an attribute of some modules inside a `with` block; as it was when the last block that holds it ends."""
+    """Set an attribute of some modules inside a `with` block.
+
+    After it the value is that of the latest block that still holds it, or, after the last one, as it was before them.
+    """
+    block = object()
     with _COUNTING:
         for module in modules:
-            blocks, before = vars(module).get(held(name), (0, getattr(module, name)))
-            setattr(module, held(name), (blocks + 1, before))
+            before, values = vars(module).get(held(name), (getattr(module, name), {}))
+            setattr(module, held(name), (before, {**values, block: value}))
             setattr(module, name, value)
     try:
         yield
     finally:
         with _COUNTING:
             for module in modules:
-                blocks, before = getattr(module, held(name))
-                if blocks > 1:
-                    setattr(module, held(name), (blocks - 1, before))
+                before, values = getattr(module, held(name))
+                values = {other: held_value for other, held_value in values.items() if other is not block}
+                setattr(module, name, next(reversed(values.values()), before))
+                if values:
+                    setattr(module, held(name), (before, values))
                 else:
                     delattr(module, held(name))
-                    setattr(module, name, before)
 
 
 def held(name: str) -> str:
-    """Where a module keeps how many blocks hold its attribute `name`, and what that was before them."""
+    """Where a module keeps what its attribute `name` was, and what each open block has set it to."""
     return f"_spon_held_{name}"
 
 
@@ -89,7 +94,7 @@ def keep_switched_off(model: nn.Module, enabled: bool) -> None:
     """After PEFT has switched all tuner layers on or off: what open `switched_off` blocks hold, and leave behind."""
     for module in model.modules():
         if (state := vars(module).get(held("_disable_adapters"))) is not None:
-            setattr(module, held("_disable_adapters"), (state[0], not enabled))
+            setattr(module, held("_disable_adapters"), (not enabled, state[1]))
             module._disable_adapters = True
 
 
