@@ -142,7 +142,9 @@ def hash_named(named: tuple[str, torch.Tensor | None]) -> tuple[str, dict[str, A
 def hashed_names(model: nn.Module) -> list[str]:
     """Names of all parameters, of tied ones all names, and of what SPON adds."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    return names + [name for name, _ in model.named_buffers() if name.rpartition(".")[2].startswith("spon_")]
+    return names + [
+        name for name, _ in model.named_buffers(remove_duplicate=False) if name.rpartition(".")[2].startswith("spon_")
+    ]
 
 
 def hashed_tensors(
