@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dials of a SPON adapter."""
 
+import json
 import os
 import re
 from dataclasses import dataclass, field, fields
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from ._version import __version__
 from .cards import adapter_card
-from .checksums import fields_checksum
+from .checksums import fields_checksum, tensors_checksum
 from .criteria import CRITERIA, Criterion
 from .files import written_aside
 
@@ -34,6 +35,8 @@ class SponPeftType(str, Enum):
 
 
 ANCHOR_SPACES = ("input", "output")
+# Of what an adapter's weights file holds: SPON's own, those of modules_to_save (since 0.3), embeddings (since 0.3).
+TENSORS_CHECKSUMS = ("tensors", "modules", "embeddings")
 # Fields that change what the adapted model computes.
 COMPUTING_FIELDS = (
     "sparsity",
@@ -205,8 +208,12 @@ class SponConfig(PeftConfig):
                 )
         if not isinstance(self.calibrated, bool):
             raise ValueError(f"calibrated is {self.calibrated!r}; it is True or False and written by calibrate().")
-        # Of the tensors that are about to be saved with this configuration, see SponModel.
-        self._tensors_checksum: str | None = None
+        # Of the tensors that are about to be saved with this configuration, and the modules_to_save among them; see
+        # SponModel.
+        self._tensors_checksums: dict[str, str | None] = {}
+        self._module_names: set[str] = set()
+        # Of a load, see load_adapter: whether modules_to_save must have the shapes that they have in the model.
+        self._sizes_are_fixed = False
         # Of an adapter that was just put into a model and holds no work yet, see SponModel.
         self._is_new = False
 
@@ -226,10 +233,9 @@ class SponConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's, with checksums and a model card, written aside and moved into place."""
         self.peft_spon_version = __version__
-        checksums = {"fields": self._fields_checksum()}
-        if self._tensors_checksum is not None:
-            checksums["tensors"] = self._tensors_checksum
-        self.checksums = checksums
+        tensors = {**self._tensors_checksums, "embeddings": self._embeddings_checksum(Path(save_directory))}
+        known = {name: value for name, value in tensors.items() if value is not None}
+        self.checksums = {"fields": self._fields_checksum(), **known}
         with written_aside(save_directory) as aside:
             super().save_pretrained(str(aside), **kwargs)
             os.replace(aside / CONFIG_NAME, Path(save_directory, CONFIG_NAME))
@@ -248,7 +254,26 @@ class SponConfig(PeftConfig):
                 f"missing (it now says {values}). To change a setting, set it on a loaded SponConfig and pass that: "
                 "PeftModel.from_pretrained(base, folder, config=config)."
             )
-        self.checksums = {"tensors": checksums["tensors"]} if "tensors" in checksums else None
+        self.checksums = {name: checksums[name] for name in TENSORS_CHECKSUMS if name in checksums} or None
+
+    def _embeddings_checksum(self, folder: Path) -> str | None:
+        """Of what is in the weights file that PEFT has just written and is neither SPON's nor in `modules_to_save`.
+
+        These are embeddings: PEFT adds them where the vocabulary was resized.
+        """
+        try:
+            with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+                keys = {key.removeprefix("base_model.model."): key for key in file.keys()}
+                own = {name for name in keys if ".spon_" in name}
+                others = keys.keys() - own - self._module_names
+                if not others:
+                    return None
+                own_checksum, checksum = (
+                    tensors_checksum({name: file.get_tensor(keys[name]) for name in names}) for names in (own, others)
+                )
+        except (OSError, SafetensorError):  # transformers' save_pretrained writes the configuration first
+            return None
+        return checksum if own_checksum == self._tensors_checksums.get("tensors") else None
 
     def _fields_checksum(self) -> str:
         return fields_checksum({name: getattr(self, name) for name in COMPUTING_FIELDS})
@@ -292,6 +317,17 @@ class SponConfig(PeftConfig):
             except SafetensorError as error:
                 raise ValueError(f"{weights} is damaged or incomplete ({error}); save the adapter again.") from None
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """As PEFT's. Raises `ValueError` naming the file for what is no JSON object."""
+        try:
+            found = super().from_json_file(path_json_file, **kwargs)
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, TypeError) as error:
+            raise ValueError(f"{path_json_file} is damaged ({error}); save or download the adapter again.") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{path_json_file} holds no settings but {found!r:.80}; save or download it again.")
+        return found
 
     def make_criterion(self) -> Criterion:
         """The criterion object that `criterion` and `criterion_kwargs` describe.

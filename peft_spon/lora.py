@@ -12,9 +12,8 @@ import copy
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -463,18 +462,15 @@ def check_finite(layers: list[LoraLayer]) -> None:
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
-def load_loras_along(model: nn.Module) -> None:
-    """Let `model.load_adapter(checkpoint, "default")` restore all adapters of a checkpoint that Trainer has written.
+def load_loras_along(
+    load: Callable, model: PeftModel, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
+    """`load(model, checkpoint, "default")`, and with it all LoRAs of a checkpoint that Trainer has written.
 
     That is all that its `load_best_model_at_end` calls: the best anchors would end up over the last LoRA. Any other
-    folder is loaded as PEFT does.
+    folder is loaded by `load` alone.
     """
-    if isinstance(model, PeftModel) and lora_names(model.peft_config):
-        model.load_adapter = partial(_load_with_loras, model)  # on the instance, as `keep_card_on_hub`
-
-
-def _load_with_loras(model: PeftModel, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any):
-    load, configs = type(model).load_adapter, model.peft_config
+    configs = model.peft_config
     is_checkpoint = Path(model_id, "trainer_state.json").exists()
     if not is_checkpoint or adapter_name not in configs or adapter_name in lora_names(configs):
         return load(model, model_id, adapter_name, *args, **kwargs)

@@ -9,23 +9,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, set_adapter
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from .cards import keep_card_on_hub
-from .config import SponConfig, adapter_card_for_hub, check_sparsity
-from .layer import Place, SponLayer, SponLinear, outer_modules, spon_layers
-from .loading import find_other_settings, find_problem, own_checksum, preview, remove_adapter
+from .config import SponConfig, check_sparsity
+from .layer import Place, SponLayer, SponLinear, outer_modules, plain_name, spon_layers
+from .loading import checked, module_keys, modules_checksum, own_checksum, preview, undo_load
 from .lora import (
     active_lora,
     apply_trainable,
     check_finite,
     delete_lora,
-    load_loras_along,
     lora_layers,
     lora_names,
     lora_taken_over,
@@ -34,6 +31,7 @@ from .lora import (
 )
 from .merged import prepare_saving
 from .modes import keep_switched_off
+from .peft_model import save_and_load_checked
 from .sparse_linear import fold_scale
 from .weights import has_plain_weight, is_linear, linear_sizes
 
@@ -68,11 +66,20 @@ class SponModel(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+        trained = {plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
         with lora_taken_over(model, adapter_name, config) as (inner, taken):
             super().__init__(inner, peft_config, adapter_name, *args, **kwargs)
-        self.taken_over = taken
+        self.taken_over, self.trained_before = taken, trained
+        save_and_load_checked(self)
         if inner is not model:  # PEFT reads the name off the model it was given
             self.peft_config[adapter_name].base_model_name_or_path = vars(inner).get("name_or_path") or None
+
+    def give_back(self) -> None:
+        """Once all SPON layers are out again: the model as it was, its LoRA and what of it is trained included."""
+        if self.taken_over:
+            self.taken_over.give_back()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self.trained_before)
 
     def _prepare_adapter_config(self, peft_config: SponConfig, model_config: dict) -> SponConfig:
         # A copy: calibration and the dial write into it, and the user's object may serve several adapters.
@@ -313,9 +320,11 @@ class SponModel(BaseTuner):
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         named = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in found.items()}
         # The configuration, which PEFT saves next, says which tensors belong to it.
-        config._tensors_checksum = own_checksum(named)
-        keep_card_on_hub(model, adapter_card_for_hub)
-        load_loras_along(model)
+        config._tensors_checksums = {
+            "tensors": own_checksum(named),
+            "modules": modules_checksum(model, adapter_name, state_dict),
+        }
+        config._module_names = set(module_keys(model, adapter_name))
         return found
 
     @classmethod
@@ -323,22 +332,14 @@ class SponModel(BaseTuner):
         cls, model: nn.Module, config: SponConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        problem = find_problem(model, adapter_name, remapped)
-        wanted = (config.checksums or {}).get("tensors")
+        checksums = config.checksums or {}
         config.checksums = None  # what is loaded may be changed and saved again
-        if problem is None and wanted is not None and own_checksum(state_dict) not in (wanted, None):
-            problem = (
-                f"{SAFETENSORS_WEIGHTS_NAME} and adapter_config.json do not belong together: the tensors are not "
-                "those that were saved with this configuration. Save or download the adapter again."
-            )
-        problem = problem or find_other_settings(model, adapter_name, remapped)
-        if problem:
-            has_run = any(adapter_name in layer.adapters_run for layer in spon_layers(model).values())
-            if config._is_new and not has_run:  # made for this load; another one keeps what it holds
-                remove_adapter(model, adapter_name)
-                if isinstance(model, PeftModel) and model.base_model.taken_over and not spon_layers(model):
-                    model.base_model.taken_over.give_back()
-            raise ValueError(problem)
+        try:
+            remapped = checked(model, adapter_name, state_dict, remapped, checksums, config._sizes_are_fixed)
+        except ValueError:
+            if config._is_new:
+                undo_load(model, adapter_name)
+            raise
         config._is_new = False
         return remapped
 

@@ -27,6 +27,7 @@ LEVELS = {
     "merged": 2.2,
     "lora": 2.2,
     "loading": 2.2,
+    "peft_model": 2.3,
     "model": 2.5,
     "calibration": 3,
     "distillation": 3,
