@@ -4,7 +4,6 @@
 
 import json
 import os
-import re
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -22,6 +21,7 @@ from .cards import adapter_card
 from .checksums import fields_checksum, tensors_checksum
 from .criteria import CRITERIA, Criterion
 from .files import written_aside
+from .patterns import check_pattern, check_speed
 
 
 class SponPeftType(str, Enum):
@@ -191,6 +191,8 @@ class SponConfig(PeftConfig):
         check_version(self.peft_spon_version, "peft_spon_version")
         self._check_fields()
         check_sparsity(self.sparsity, self.sparsity_pattern)
+        for what, (pattern, _) in self._regular_expressions().items():
+            check_pattern(what, pattern)
         self.make_criterion()
         if self.anchor_space not in ANCHOR_SPACES:
             raise ValueError(f"anchor_space is {self.anchor_space!r}; use one of {', '.join(ANCHOR_SPACES)}.")
@@ -274,6 +276,28 @@ class SponConfig(PeftConfig):
         except (OSError, SafetensorError):  # transformers' save_pretrained writes the configuration first
             return None
         return checksum if own_checksum == self._tensors_checksums.get("tensors") else None
+
+    def _regular_expressions(self) -> dict[str, tuple[str, str]]:
+        """Field to what it holds, and to the expression that PEFT makes of that for the names of layers."""
+        found = {}
+        for name in ("target_modules", "exclude_modules", "anchor_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value != "all-linear":
+                found[name] = (value, value)
+        for key in self.sparsity_pattern:
+            found[f"sparsity_pattern[{key[:40]!r}]"] = (key, rf"(.*\.)?({key})$")
+        blocks = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
+        for kind, patterns, (before, behind) in (
+            ("layers_pattern", blocks, (r"(?:^|.*?\.)", r"\.(?P<idx>\d+)\..*")),
+            ("modules_to_save", self.modules_to_save or [], (r"(^|.*\.)", r"($|\..*)")),
+        ):
+            found |= {f"{kind}[{i}]": (value, f"{before}{value}{behind}") for i, value in enumerate(patterns)}
+        return found
+
+    def check_speed(self, names: list[str]) -> None:
+        """Raises `ValueError` for a regular expression that would take very long to match these names of modules."""
+        for what, (pattern, whole) in self._regular_expressions().items():
+            check_speed(what, pattern, whole, names)
 
     def _fields_checksum(self) -> str:
         return fields_checksum({name: getattr(self, name) for name in COMPUTING_FIELDS})
@@ -398,10 +422,7 @@ def check_sparsity(sparsity: float, pattern: dict[str, float]) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
             raise ValueError(f"{name} is {value!r}; use a number in [0, 1), for example 0.5 to zero half the inputs.")
     for key in pattern:
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise ValueError(f"sparsity_pattern[{key!r}] is not a regular expression: {error}.") from None
+        check_pattern(f"sparsity_pattern[{str(key)[:40]!r}]", key)
 
 
 def check_prefill(prefill: str | float) -> None:

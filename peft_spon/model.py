@@ -81,6 +81,10 @@ class SponModel(BaseTuner):
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self.trained_before)
 
+    def _check_new_adapter_config(self, config: SponConfig) -> None:
+        config.check_speed([name for name, _ in self.model.named_modules()])  # before PEFT matches anything
+        super()._check_new_adapter_config(config)
+
     def _prepare_adapter_config(self, peft_config: SponConfig, model_config: dict) -> SponConfig:
         # A copy: calibration and the dial write into it, and the user's object may serve several adapters.
         own = copy.copy(peft_config)

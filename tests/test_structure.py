@@ -19,6 +19,7 @@ LEVELS = {
     "cards": 0.5,
     "checksums": 0,
     "files": 0,
+    "patterns": 0,
     "sparse_linear": 0.5,
     "config": 1,
     "weights": 1,
