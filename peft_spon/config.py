@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dials of a SPON adapter."""
 
+import json
 import os
-import re
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 
 from ._version import __version__
 from .cards import adapter_card
-from .checksums import fields_checksum
+from .checksums import fields_checksum, tensors_checksum
 from .criteria import CRITERIA, Criterion
 from .files import written_aside
+from .patterns import check_pattern, check_speed
 
 
 class SponPeftType(str, Enum):
@@ -34,6 +35,8 @@ class SponPeftType(str, Enum):
 
 
 ANCHOR_SPACES = ("input", "output")
+# Of what an adapter's weights file holds: SPON's own, those of modules_to_save (since 0.3), embeddings (since 0.3).
+TENSORS_CHECKSUMS = ("tensors", "modules", "embeddings")
 # Fields that change what the adapted model computes.
 COMPUTING_FIELDS = (
     "sparsity",
@@ -192,6 +195,8 @@ class SponConfig(PeftConfig):
         check_version(self.peft_spon_version, "peft_spon_version")
         self._check_fields()
         check_sparsity(self.sparsity, self.sparsity_pattern)
+        for what, (pattern, _) in self._regular_expressions().items():
+            check_pattern(what, pattern)
         self.make_criterion()
         if self.anchor_space not in ANCHOR_SPACES:
             raise ValueError(f"anchor_space is {self.anchor_space!r}; use one of {', '.join(ANCHOR_SPACES)}.")
@@ -209,8 +214,12 @@ class SponConfig(PeftConfig):
                 )
         if not isinstance(self.calibrated, bool):
             raise ValueError(f"calibrated is {self.calibrated!r}; it is True or False and written by calibrate().")
-        # Of the tensors that are about to be saved with this configuration, see SponModel.
-        self._tensors_checksum: str | None = None
+        # Of the tensors that are about to be saved with this configuration, and the modules_to_save among them; see
+        # SponModel.
+        self._tensors_checksums: dict[str, str | None] = {}
+        self._module_names: set[str] = set()
+        # Of a load, see load_adapter: whether modules_to_save must have the shapes that they have in the model.
+        self._sizes_are_fixed = False
         # Of the LoRAs beneath, by name.
         self._lora_checksums: dict[str, dict[str, str]] | None = None
         # Of an adapter that was just put into a model and holds no work yet, see SponModel.
@@ -232,12 +241,10 @@ class SponConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's, with checksums and a model card, written aside and moved into place."""
         self.peft_spon_version = __version__
-        checksums = {"fields": self._fields_checksum()}
-        if self._tensors_checksum is not None:
-            checksums["tensors"] = self._tensors_checksum
-        if self._lora_checksums is not None:
-            checksums["loras"] = self._lora_checksums
-        self.checksums = checksums
+        tensors = {**self._tensors_checksums, "embeddings": self._embeddings_checksum(Path(save_directory))}
+        tensors["loras"] = self._lora_checksums
+        known = {name: value for name, value in tensors.items() if value is not None}
+        self.checksums = {"fields": self._fields_checksum(), **known}
         with written_aside(save_directory) as aside:
             super().save_pretrained(str(aside), **kwargs)
             os.replace(aside / CONFIG_NAME, Path(save_directory, CONFIG_NAME))
@@ -259,7 +266,48 @@ class SponConfig(PeftConfig):
         loras = checksums.get("loras", {})
         if not isinstance(loras, dict) or not all(isinstance(entry, dict) for entry in loras.values()):
             raise ValueError(f"checksums has loras={loras!r}; {CONFIG_NAME} is damaged or was edited. Save it again.")
-        self.checksums = {part: checksums[part] for part in ("tensors", "loras") if part in checksums} or None
+        self.checksums = {name: checksums[name] for name in (*TENSORS_CHECKSUMS, "loras") if name in checksums} or None
+
+    def _embeddings_checksum(self, folder: Path) -> str | None:
+        """Of what is in the weights file that PEFT has just written and is neither SPON's nor in `modules_to_save`.
+
+        These are embeddings: PEFT adds them where the vocabulary was resized.
+        """
+        try:
+            with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+                keys = {key.removeprefix("base_model.model."): key for key in file.keys()}
+                own = {name for name in keys if ".spon_" in name}
+                others = keys.keys() - own - self._module_names
+                if not others:
+                    return None
+                own_checksum, checksum = (
+                    tensors_checksum({name: file.get_tensor(keys[name]) for name in names}) for names in (own, others)
+                )
+        except (OSError, SafetensorError):  # transformers' save_pretrained writes the configuration first
+            return None
+        return checksum if own_checksum == self._tensors_checksums.get("tensors") else None
+
+    def _regular_expressions(self) -> dict[str, tuple[str, str]]:
+        """Field to what it holds, and to the expression that PEFT makes of that for the names of layers."""
+        found = {}
+        for name in ("target_modules", "exclude_modules", "anchor_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value != "all-linear":
+                found[name] = (value, value)
+        for key in self.sparsity_pattern:
+            found[f"sparsity_pattern[{key[:40]!r}]"] = (key, rf"(.*\.)?({key})$")
+        blocks = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
+        for kind, patterns, (before, behind) in (
+            ("layers_pattern", blocks, (r"(?:^|.*?\.)", r"\.(?P<idx>\d+)\..*")),
+            ("modules_to_save", self.modules_to_save or [], (r"(^|.*\.)", r"($|\..*)")),
+        ):
+            found |= {f"{kind}[{i}]": (value, f"{before}{value}{behind}") for i, value in enumerate(patterns)}
+        return found
+
+    def check_speed(self, names: list[str]) -> None:
+        """Raises `ValueError` for a regular expression that would take very long to match these names of modules."""
+        for what, (pattern, whole) in self._regular_expressions().items():
+            check_speed(what, pattern, whole, names)
 
     def _fields_checksum(self) -> str:
         return fields_checksum({name: getattr(self, name) for name in COMPUTING_FIELDS})
@@ -303,6 +351,17 @@ class SponConfig(PeftConfig):
             except SafetensorError as error:
                 raise ValueError(f"{weights} is damaged or incomplete ({error}); save the adapter again.") from None
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """As PEFT's. Raises `ValueError` naming the file for what is no JSON object."""
+        try:
+            found = super().from_json_file(path_json_file, **kwargs)
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, TypeError) as error:
+            raise ValueError(f"{path_json_file} is damaged ({error}); save or download the adapter again.") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{path_json_file} holds no settings but {found!r:.80}; save or download it again.")
+        return found
 
     def make_criterion(self) -> Criterion:
         """The criterion object that `criterion` and `criterion_kwargs` describe.
@@ -376,10 +435,7 @@ def check_sparsity(sparsity: float, pattern: dict[str, float]) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
             raise ValueError(f"{name} is {value!r}; use a number in [0, 1), for example 0.5 to zero half the inputs.")
     for key in pattern:
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise ValueError(f"sparsity_pattern[{key!r}] is not a regular expression: {error}.") from None
+        check_pattern(f"sparsity_pattern[{str(key)[:40]!r}]", key)
 
 
 def check_prefill(prefill: str | float) -> None:

@@ -518,7 +518,6 @@ def set_trainable(model: nn.Module, what: str) -> None:
     """
     expect("set_trainable(model, what)", "model", model, nn.Module, "a model with SPON and LoRA")
     layers = apply_trainable(model, what)
-    load_loras_along(model)
     if what != "lora" and "default" in layers[0].active_adapters and Version(transformers.__version__) < RESUMES_ALL:
         warnings.warn(
             f"transformers {transformers.__version__} resumes a checkpoint of a SPON adapter named 'default' beside a "
@@ -741,18 +740,15 @@ def named_loras(spon: str | os.PathLike, **hub: Any) -> dict[str, dict[str, str]
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
-def load_loras_along(model: nn.Module) -> None:
-    """Let `model.load_adapter(checkpoint, "default")` restore all adapters of a checkpoint that Trainer has written.
+def load_loras_along(
+    load: Callable, model: PeftModel, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
+    """`load(model, checkpoint, "default")`, and with it all LoRAs of a checkpoint that Trainer has written.
 
     That is all that its `load_best_model_at_end` calls: the best anchors would end up over the last LoRA. Any other
-    folder is loaded as PEFT does.
+    folder is loaded by `load` alone.
     """
-    if isinstance(model, PeftModel) and lora_names(model.peft_config):
-        model.load_adapter = partial(_load_with_loras, model)  # on the instance, as `keep_card_on_hub`
-
-
-def _load_with_loras(model: PeftModel, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any):
-    load, configs = type(model).load_adapter, model.peft_config
+    configs = model.peft_config
     given = Path(model_id)
     checkpoint = next((path for path in (given, given.parent) if (path / "trainer_state.json").exists()), None)
     if checkpoint is None or adapter_name not in configs or adapter_name in lora_names(configs):
@@ -844,7 +840,6 @@ def load_with_lora(
         loaded = PeftModel.from_pretrained(loaded, spon, **kwargs)
         if trainable is not None:
             set_trainable(loaded, trainable)
-    load_loras_along(loaded)
     return loaded
 
 

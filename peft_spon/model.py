@@ -13,20 +13,18 @@ import torch
 from peft import PeftConfig, PeftModel, TaskType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, set_adapter
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .cards import keep_card_on_hub
-from .config import SponConfig, adapter_card_for_hub, check_sparsity
-from .layer import Place, SponLayer, SponLinear, outer_modules, spon_layers
-from .loading import find_other_settings, find_problem, own_checksum, remove_adapter
+from .config import SponConfig, check_sparsity
+from .layer import Place, SponLayer, SponLinear, outer_modules, plain_name, spon_layers
+from .loading import checked, module_keys, modules_checksum, own_checksum, undo_load
 from .lora import (
     active_lora,
     apply_trainable,
     check_biases,
     check_finite,
     delete_lora,
-    load_loras_along,
     lora_checksums,
     lora_layers,
     lora_names,
@@ -37,6 +35,7 @@ from .lora import (
 )
 from .merged import prepare_saving
 from .modes import keep_switched_off
+from .peft_model import save_and_load_checked
 from .prefill import follow_prompts
 from .sparse_linear import fold_scale
 from .targets import (
@@ -83,14 +82,27 @@ class SponModel(BaseTuner):
         given, model = model, compile_in_place(model)
         is_new_model = isinstance(peft_config, dict)  # of get_peft_model; injecting adds to what is in the model
         config = peft_config[adapter_name] if is_new_model else peft_config
+        trained = {plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
         with (
             earlier_spon_taken_out(model, None if is_new_model else adapter_name),
             lora_taken_over(model, adapter_name, config) as (inner, taken),
         ):
             super().__init__(inner, peft_config, adapter_name, *args, **kwargs)
-        self.taken_over = taken
+        self.taken_over, self.trained_before = taken, trained
+        save_and_load_checked(self)
         if inner is not given:  # PEFT reads the name off the model it was given
             self.peft_config[adapter_name].base_model_name_or_path = vars(inner).get("name_or_path") or None
+
+    def give_back(self) -> None:
+        """Once all SPON layers are out again: the model as it was, its LoRA and what of it is trained included."""
+        if self.taken_over:
+            self.taken_over.give_back()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self.trained_before)
+
+    def _check_new_adapter_config(self, config: SponConfig) -> None:
+        config.check_speed([name for name, _ in self.model.named_modules()])  # before PEFT matches anything
+        super()._check_new_adapter_config(config)
 
     def _prepare_adapter_config(self, peft_config: SponConfig, model_config: dict) -> SponConfig:
         # A copy: calibration and the dial write into it, and the user's object may serve several adapters.
@@ -351,10 +363,12 @@ class SponModel(BaseTuner):
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         named = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in found.items()}
         # The configuration, which PEFT saves next, says which tensors belong to it.
-        config._tensors_checksum = own_checksum(named)
+        config._tensors_checksums = {
+            "tensors": own_checksum(named),
+            "modules": modules_checksum(model, adapter_name, state_dict),
+        }
+        config._module_names = set(module_keys(model, adapter_name))
         config._lora_checksums = lora_checksums(model, found)
-        keep_card_on_hub(model, adapter_card_for_hub)
-        load_loras_along(model)
         return found
 
     @classmethod
@@ -363,22 +377,14 @@ class SponModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         state_dict = {key.replace("_orig_mod.", ""): value for key, value in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        problem = find_problem(model, adapter_name, remapped)
-        wanted = (config.checksums or {}).get("tensors")
+        checksums = config.checksums or {}
         config.checksums = None  # what is loaded may be changed and saved again
-        if problem is None and wanted is not None and own_checksum(state_dict) not in (wanted, None):
-            problem = (
-                f"{SAFETENSORS_WEIGHTS_NAME} and adapter_config.json do not belong together: the tensors are not "
-                "those that were saved with this configuration. Save or download the adapter again."
-            )
-        problem = problem or find_other_settings(model, adapter_name, remapped)
-        if problem:
-            has_run = any(adapter_name in layer.adapters_run for layer in spon_layers(model).values())
-            if config._is_new and not has_run:  # made for this load; another one keeps what it holds
-                remove_adapter(model, adapter_name)
-                if isinstance(model, PeftModel) and model.base_model.taken_over and not spon_layers(model):
-                    model.base_model.taken_over.give_back()
-            raise ValueError(problem)
+        try:
+            remapped = checked(model, adapter_name, state_dict, remapped, checksums, config._sizes_are_fixed)
+        except ValueError:
+            if config._is_new:
+                undo_load(model, adapter_name)
+            raise
         config._is_new = False
         return remapped
 
