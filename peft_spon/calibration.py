@@ -12,9 +12,9 @@ from torch import nn
 
 from .criteria import entries_kept
 from .data import check_arguments, check_sizes, iter_batches
-from .layer import SponLayer, spon_layers
-from .model import adapter_config, resolve_adapter
+from .layer import SponLayer
 from .modes import dense_mode, every_token_sparse
+from .sites import adapter_config, resolve_adapter, spon_layers
 from .statistics import Moments, Observer, ScoreHistogram, Scores, watch
 from .weights import prepared_state
 

@@ -3,7 +3,7 @@
 """The SPON layer: y = W (S(x) + anchor) + b around any linear layer (SPON, arXiv 2512.12744, section 3)."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import SponConfig
@@ -145,6 +144,8 @@ class SponLayer(BaseTunerLayer):
             self.spon_anchor[adapter_name] = nn.Parameter(initial_vector(width, config.init_weights))
             if config.gain:
                 self.spon_gain[adapter_name] = nn.Parameter(initial_vector(self.in_features, config.init_weights))
+        for name in replace(sparsifier, calibrated=True).specs():
+            self._make_container(name)
         # Loading fills what comes from data. NaN marks it as missing until then.
         missing = {n: torch.full(spec.shape, math.nan, dtype=spec.dtype) for n, spec in sparsifier.specs().items()}
         self.set_state(adapter_name, {**missing, **prepared_state(self.base_layer, criterion)})
@@ -174,9 +175,17 @@ class SponLayer(BaseTunerLayer):
             if adapter_name in held and held[adapter_name].device not in (device, meta):
                 held[adapter_name] = held[adapter_name].to(device)
 
+    def settings(self, adapter_name: str) -> LayerSettings:
+        """What an adapter asks of this layer."""
+        return self.spon_settings[adapter_name]
+
     def sparsifier(self, adapter_name: str) -> Sparsifier:
         """S of an adapter."""
         return self.spon_settings[adapter_name].sparsifier
+
+    def has_repair(self, adapter_name: str) -> bool:
+        """Whether an adapter has an anchor here."""
+        return adapter_name in self.spon_anchor
 
     def state(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """The tensors of an adapter's S, by the names of its specs.
@@ -199,14 +208,17 @@ class SponLayer(BaseTunerLayer):
     def set_state(self, adapter_name: str, tensors: dict[str, torch.Tensor], calibrated: bool | None = None) -> None:
         """Store tensors of an adapter's S; `calibrated=True`: with these, all of its state is there."""
         for name, tensor in tensors.items():
-            if name not in self.state_names:
-                self.state_names = (*self.state_names, name)
-                setattr(self, f"spon_{name}", Fp32BufferDict())
+            self._make_container(name)
             getattr(self, f"spon_{name}")[adapter_name] = tensor
         settings = self.spon_settings[adapter_name]
         if calibrated is not None:
             sparsifier = replace(settings.sparsifier, calibrated=calibrated)
             self.spon_settings[adapter_name] = replace(settings, sparsifier=sparsifier)
+
+    def _make_container(self, name: str) -> None:
+        if name not in self.state_names:
+            self.state_names = (*self.state_names, name)
+            setattr(self, f"spon_{name}", Fp32BufferDict())
 
     def saved_state(self, adapter_name: str) -> tuple[LayerSettings, dict[str, torch.Tensor]]:
         """What [`restore_state`] takes to undo a calibration."""
@@ -428,25 +440,6 @@ class SponLinear(nn.Module, SponLayer):
 
     def __repr__(self) -> str:
         return "spon." + super().__repr__()
-
-
-def spon_layers(model: nn.Module) -> dict[str, SponLayer]:
-    """Name in the plain base model to SPON layer, in the model's order."""
-    return {plain_name(name): module for name, module in model.named_modules() if isinstance(module, SponLayer)}
-
-
-def outer_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Named modules from the outside in, without what lies inside tuner layers and modules_to_save wrappers."""
-    for name, child in model.named_children():
-        full = f"{prefix}{name}"
-        yield full, child
-        if not isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            yield from outer_modules(child, f"{full}.")
-
-
-def plain_name(name: str) -> str:
-    """The name a module has in the plain model, without the prefixes of PEFT's and torch.compile's wrappers."""
-    return name.replace("_orig_mod.", "").removeprefix("base_model.model.")
 
 
 def initial_vector(width: int, zeros: bool) -> torch.Tensor:

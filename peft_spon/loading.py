@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from .checksums import tensors_checksum
 from .config import SponConfig
 from .criteria import Spec
-from .layer import SponLayer, plain_name, spon_layers
+from .layer import SponLayer
+from .sites import plain_name, spon_layers
 
 
 NOT_CALIBRATED = Spec(())

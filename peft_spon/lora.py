@@ -52,8 +52,9 @@ from .cards import lora_card
 from .checksums import fields_checksum, tensors_checksum
 from .config import SponConfig, SponPeftType
 from .files import move_into_place, written_aside
-from .layer import SponLayer, outer_modules, spon_layers
+from .layer import SponLayer
 from .modes import switched_off
+from .sites import outer_modules, spon_layers
 from .sparse_linear import SparseMixin
 from .weights import is_linear
 

@@ -17,7 +17,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import SponConfig, check_sparsity
-from .layer import Place, SponLayer, SponLinear, outer_modules, plain_name, spon_layers
+from .layer import Place, SponLayer, SponLinear
 from .loading import checked, module_keys, modules_checksum, own_checksum, undo_load
 from .lora import (
     active_lora,
@@ -37,6 +37,7 @@ from .merged import prepare_saving
 from .modes import keep_switched_off
 from .peft_model import save_and_load_checked
 from .prefill import follow_prompts
+from .sites import adapter_config, outer_modules, plain_name, resolve_adapter, spon_layers
 from .sparse_linear import fold_scale
 from .targets import (
     all_linear,
@@ -483,40 +484,3 @@ def set_sparsity(
         layer.set_sparsity(name, layer_sparsity(sparsity, pattern, key))
     config = adapter_config(model, name)
     config.sparsity, config.sparsity_pattern = sparsity, dict(pattern)
-
-
-def resolve_adapter(
-    model: nn.Module, adapter_name: str | None, must_be_active: bool = False, may_be_merged: bool = False
-) -> str:
-    """The given adapter's name, or the first active one.
-
-    Raises:
-        `ValueError`: the model has no SPON layers, no SPON adapter of that name, it is not active but must be, or
-            adapters are merged but must not be.
-    """
-    layers = list(spon_layers(model).values())
-    if not may_be_merged and any(layer.merged for layer in layers):
-        raise ValueError("The adapter is merged, so S and anchors cannot be told apart; call unmerge_adapter() first.")
-    known = sorted({name for layer in layers for name in layer.spon_settings})
-    if not known:
-        raise ValueError(
-            f"{type(model).__name__} has no SPON adapter; add one: get_peft_model(model, SponConfig(sparsity=0.5))."
-        )
-    if adapter_name is None:
-        adapter_name = next((n for layer in layers for n in layer.active_adapters if n in layer.spon_settings), None)
-        if adapter_name is None:
-            raise ValueError(f"No SPON adapter is active; call set_adapter() with one of {known}.")
-    if adapter_name not in known:
-        raise ValueError(f"There is no SPON adapter {adapter_name!r}; the model has {known}.")
-    if must_be_active and any(layer.disable_adapters for layer in layers):
-        raise ValueError("The adapters are disabled, so the model is dense; leave the disable_adapter() block first.")
-    if must_be_active and not any(adapter_name in layer.active_adapters for layer in layers):
-        raise ValueError(f"Adapter {adapter_name!r} is not active; call model.set_adapter({adapter_name!r}) first.")
-    return adapter_name
-
-
-def adapter_config(model: nn.Module, adapter_name: str) -> SponConfig:
-    """The configuration of an adapter, in a PeftModel as in a transformers model with `add_adapter`."""
-    config = model.peft_config[adapter_name]
-    config._is_new = False
-    return config

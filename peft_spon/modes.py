@@ -15,13 +15,14 @@ from typing import Any
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .layer import spon_layers
+from .layer import SponLayer
+from .sites import sites
 
 
 @contextmanager
 def layer_flag(model: nn.Module, flag: str, value: bool) -> Iterator[None]:
-    """Set a switch of all SPON layers of a model inside a `with` block, restore it after."""
-    with attribute(list(spon_layers(model).values()), flag, value):
+    """Set a switch of all sparse layers of a model inside a `with` block, restore it after."""
+    with attribute(list(sites(model).values()), flag, value):
         yield
 
 
@@ -71,17 +72,20 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def dense_mode(model: nn.Module) -> Iterator[None]:
     """`with dense_mode(model):` SPON off, so the model is its own dense teacher; other adapters stay as they are.
 
+    A merged model is dense with the weights that it has: what was merged into W itself (a LoRA, folded gains) stays.
     SPON's `modules_to_save` are off, too. Unlike PEFT's `disable_adapter()` it touches no `requires_grad`, so it is
     safe between forward and backward.
     """
-    layers = list(spon_layers(model).values())
+    found = sites(model).values()
+    layers = [site for site in found if isinstance(site, SponLayer)]
+    merged = [site for site in found if not isinstance(site, SponLayer)]
     names = {name for layer in layers for name in layer.spon_settings}
     wrappers = [
         module
         for module in model.modules()
         if isinstance(module, AuxiliaryTrainingWrapper) and names & set(module.active_adapters)
     ]
-    with switched_off([*layers, *wrappers]):
+    with switched_off([*layers, *wrappers]), attribute(merged, "_dense", True):
         yield
 
 

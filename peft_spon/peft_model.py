@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from .cards import keep_card_on_hub
 from .config import SponConfig, adapter_card_for_hub
-from .layer import plain_name, spon_layers
 from .loading import find_file_problem, module_keys, undo_load
 from .lora import HUB_ARGUMENTS, load_loras_along
+from .sites import plain_name, spon_layers
 
 
 def save_and_load_checked(tuner: BaseTuner) -> None:

@@ -4,7 +4,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import MethodType
 from typing import Any
@@ -103,24 +103,48 @@ class SparseMixin:
 
     spon_settings: LayerSettings
     prompt: Prompt | None = None  # inside `generate`, see prefill.py
+    # Switches, see modes.py.
+    _dense = False
+    _anchors_enabled = True
+    _every_token = False
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # As with the adapter, training makes every token sparse.
-        first = 0 if self.training else first_sparse_token(x, self.spon_settings.prefill, self.prompt)
-        linear, shift = partial(super().forward, *args, **kwargs), self.spon_shift
-        if first == 0 and shift is not None and self.shifted_forward is not None:
-            linear, shift = self.shifted_forward, None
-        repair = Repair(self.spon_input_scale, None, shift)
-        return repaired_linear(x, linear, self.spon_settings.sparsifier, self.sparsifier_state(), repair, first)
+        linear = partial(super().forward, *args, **kwargs)
+        if self._dense:
+            return linear(x)
+        first, repair = self.first_sparse_token(x), Repair()
+        if self._anchors_enabled:
+            repair = Repair(self.spon_input_scale, None, self.spon_shift)
+        if first == 0 and repair.shift is not None and self.shifted_forward is not None:
+            linear, repair = self.shifted_forward, replace(repair, shift=None)
+        return repaired_linear(x, linear, self.spon_settings.sparsifier, self.state(), repair, first)
 
     # W x + b' in one GEMM, where the layer's class allows it.
     shifted_forward: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    def sparsifier_state(self) -> dict[str, torch.Tensor]:
-        """The state of S."""
-        return {
-            name.removeprefix("spon_"): getattr(self, name) for name in merged_specs(self.spon_settings.sparsifier)
-        }
+    # As of an adapter's layer; there is no adapter to name.
+
+    def settings(self, adapter_name: None = None) -> LayerSettings:
+        """What S is, and on which tokens."""
+        return self.spon_settings
+
+    def sparsifier(self, adapter_name: None = None) -> Sparsifier:
+        """S."""
+        return self.spon_settings.sparsifier
+
+    def state(self, adapter_name: None = None) -> dict[str, torch.Tensor]:
+        """The tensors of S, by the names of its specs."""
+        return {name.removeprefix("spon_"): getattr(self, name) for name in merged_specs(self.sparsifier())}
+
+    def first_sparse_token(self, x: torch.Tensor, adapter_name: None = None) -> int:
+        """Position on the token axis of x (..., tokens, in) where sparsity begins; 0 in training."""
+        if self._every_token or self.training:
+            return 0
+        return first_sparse_token(x, self.spon_settings.prefill, self.prompt)
+
+    def has_repair(self, adapter_name: None = None) -> bool:
+        """Whether there is a gain or a shift."""
+        return self.spon_input_scale is not None or self.spon_shift is not None
 
     def own_tensors(self) -> dict[str, torch.Tensor]:
         """What SPON has beside the weight."""

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .criteria import QUANTILE_POINTS
+from .criteria import QUANTILE_POINTS, Sparsifier
 from .data import Batch, count_tokens, iter_batches, padding_masks, to_device, without_padding
-from .layer import SponLayer, spon_layers
-from .model import resolve_adapter
+from .layer import SponLayer
 from .modes import evaluation_mode, every_token_sparse
+from .sites import Site, resolve_adapter, spon_layers
 
 
 # The top 16 bits of a non-negative fp32 number (8 of exponent, 7 of mantissa) number the bins of a histogram whose
@@ -84,11 +84,11 @@ class Observer:
     `with observer:` shows every layer's input, padding left out, to `see`, in front of the layer's own forward.
 
     Args:
-        layers (`dict[str, SponLayer]`): the layers, by name.
-        adapter_name (`str`): the adapter in question.
+        layers (`dict[str, Site]`): the sparse layers, by name.
+        adapter_name (`str` or `None`): the adapter in question; `None` for merged layers.
     """
 
-    def __init__(self, layers: dict[str, SponLayer], adapter_name: str):
+    def __init__(self, layers: dict[str, Site], adapter_name: str | None):
         self.layers, self.adapter_name = layers, adapter_name
         self.masks: list[torch.Tensor] = []
         self.last: torch.Tensor | None = None
@@ -111,7 +111,7 @@ class Observer:
         self.last = None
 
     @torch.no_grad()
-    def _observe(self, name: str, layer: SponLayer, x: torch.Tensor) -> None:
+    def _observe(self, name: str, layer: Site, x: torch.Tensor) -> None:
         is_new, self.last = x is not self.last, x
         self.see(name, layer, x, is_new)
 
@@ -119,7 +119,7 @@ class Observer:
         """x (..., tokens, features) without padding."""
         return without_padding(x, self.masks)
 
-    def see(self, name: str, layer: SponLayer, x: torch.Tensor, is_new: bool) -> None:
+    def see(self, name: str, layer: Site, x: torch.Tensor, is_new: bool) -> None:
         """One layer's input, shape (..., in); `is_new`: not the tensor that the layer before it has read."""
         raise NotImplementedError
 
@@ -203,12 +203,12 @@ class Moments(Observer):
 class Zeros(Observer):
     """How many entries of its input S drops, per layer, as the layer's own forward is about to do."""
 
-    def __init__(self, layers: dict[str, SponLayer], adapter_name: str):
+    def __init__(self, layers: dict[str, Site], adapter_name: str | None):
         super().__init__(layers, adapter_name)
         self.dropped = dict.fromkeys(layers, 0)
         self.seen = dict.fromkeys(layers, 0)
 
-    def see(self, name: str, layer: SponLayer, x: torch.Tensor, is_new: bool) -> None:
+    def see(self, name: str, layer: Site, x: torch.Tensor, is_new: bool) -> None:
         first = layer.first_sparse_token(x, self.adapter_name)
         kept = torch.ones_like(x)
         if first < x.shape[-2]:
@@ -219,16 +219,20 @@ class Zeros(Observer):
         self.seen[name] += kept.numel()
         self.dropped[name] += kept.numel() - int(kept.sum(dtype=torch.float64))
 
+    def sparsifiers(self) -> dict[str, Sparsifier]:
+        """S of every layer."""
+        return {name: layer.sparsifier(self.adapter_name) for name, layer in self.layers.items()}
+
     def by_layer(self) -> dict[str, float]:
         """Realised sparsity of every layer: the share of its weights that was not read."""
         return {
-            name: layer.sparsifier(self.adapter_name).unread(self.dropped[name] / max(self.seen[name], 1))
-            for name, layer in self.layers.items()
+            name: sparsifier.unread(self.dropped[name] / max(self.seen[name], 1))
+            for name, sparsifier in self.sparsifiers().items()
         }
 
     def overall(self) -> float:
         """That of all layers together."""
-        weights = {name: layer.in_features * layer.out_features for name, layer in self.layers.items()}
+        weights = {name: s.n_in * s.n_out for name, s in self.sparsifiers().items()}
         shares = self.by_layer()
         return sum(shares[name] * weights[name] for name in weights) / sum(weights.values())
 

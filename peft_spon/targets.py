@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import SponConfig
-from .layer import outer_modules
 from .loading import preview
+from .sites import outer_modules
 from .weights import is_linear
 
 

@@ -32,10 +32,10 @@ from .cards import public_name, quoted, without_local_base
 from .config import SponConfig
 from .data import check_training_data
 from .distillation import SelfDistillation, without_dropout
-from .layer import SponLayer, spon_layers
+from .layer import SponLayer
 from .lora import active_lora, apply_trainable, trainable_choice
-from .model import adapter_config, resolve_adapter
 from .modes import differentiable, evaluation_mode, every_token_sparse
+from .sites import adapter_config, resolve_adapter, spon_layers
 from .statistics import Removed, removed_by_s
 
 

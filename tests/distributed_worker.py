@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from peft_spon import SponConfig, SponTrainer, SponTrainingConfig
-from peft_spon.layer import spon_layers
+from peft_spon.sites import spon_layers
 
 
 def fsdp_on_cpu() -> None:

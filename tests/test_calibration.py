@@ -16,8 +16,8 @@ from torch import nn
 
 from peft_spon import CRITERIA, SponConfig, calibrate, evaluate
 from peft_spon.criteria import threshold_at
-from peft_spon.layer import spon_layers
 from peft_spon.modes import dense_mode
+from peft_spon.sites import spon_layers
 from peft_spon.statistics import ScoreHistogram, bin_counts
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peft_spon import SponConfig, calibrate, evaluate
-from peft_spon.layer import spon_layers
+from peft_spon.sites import spon_layers
 
 
 DATA = [inputs("llama", rows=4, tokens=16)]

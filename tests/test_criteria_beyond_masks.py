@@ -22,7 +22,7 @@ from peft_spon import (
     register_criterion,
 )
 from peft_spon.criteria import LaRoSA, RSparse, Sparsifier, Spec
-from peft_spon.layer import spon_layers
+from peft_spon.sites import spon_layers
 
 
 def data():

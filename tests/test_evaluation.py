@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch.nn import functional as F
 
 from peft_spon import SponConfig, calibrate, dense_mode, evaluate, without_anchors
-from peft_spon.layer import spon_layers
+from peft_spon.sites import spon_layers
 
 
 def data(rows=4, tokens=16, count=3):

@@ -29,7 +29,7 @@ from peft_spon import (
     without_anchors,
     without_lora,
 )
-from peft_spon.layer import spon_layers
+from peft_spon.sites import spon_layers
 from peft_spon.sparse_linear import SparseMixin
 
 

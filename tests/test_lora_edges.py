@@ -15,7 +15,7 @@ from test_trainer import tokenizer  # noqa: F401  (a fixture)
 from transformers import TrainerCallback
 
 from peft_spon import SponConfig, add_lora, dense_mode, load_with_lora, set_trainable, without_lora
-from peft_spon.layer import spon_layers
+from peft_spon.sites import spon_layers
 
 
 def shake_heads(model):

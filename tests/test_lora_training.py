@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, add_lora, calibrate, dense_mode, load_with_lora
-from peft_spon.layer import spon_layers
 from peft_spon.lora import RESUMES_ALL
+from peft_spon.sites import spon_layers
 
 
 def rows(count=24, seed=0):

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from peft_spon import SponConfig, dense_mode
 from peft_spon.distillation import SelfDistillation
-from peft_spon.layer import spon_layers
 from peft_spon.losses import OutputHead, compare_hidden, compare_logits, forward_kl, matmul_fp32
+from peft_spon.sites import spon_layers
 
 
 def test_forward_kl_is_the_definition():

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_spon import CRITERIA, SponConfig, SponModel, calibrate, dense_mode, set_sparsity
-from peft_spon.layer import spon_layers
+from peft_spon.sites import spon_layers
 from peft_spon.sparse_linear import SparseConv1D, SparseLinear, SparseMixin
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from peft_spon import SponConfig, add_lora, calibrate, dense_mode, evaluate, load_with_lora
-from peft_spon.layer import spon_layers
+from peft_spon.sites import spon_layers
 
 
 DATA = [inputs("llama", rows=4, tokens=16)]

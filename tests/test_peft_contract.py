@@ -26,7 +26,7 @@ from torch import nn
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from peft_spon import CRITERIA, SponConfig, SponLayer, calibrate
-from peft_spon.layer import spon_layers
+from peft_spon.sites import spon_layers
 
 
 def random_config(**kwargs):

@@ -24,7 +24,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from test_peft_contract import needs_own_adapter_methods
 
 from peft_spon import SponConfig, SponLayer, calibrate, load_with_lora
-from peft_spon.layer import spon_layers
+from peft_spon.sites import spon_layers
 
 
 DATA = [inputs("llama", rows=4, tokens=16)]

@@ -26,6 +26,7 @@ LEVELS = {
     "config": 1,
     "weights": 1,
     "layer": 2,
+    "sites": 2.05,
     "modes": 2.1,
     "prefill": 2.15,
     "merged": 2.2,

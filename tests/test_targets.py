@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from peft_spon import SponConfig, calibrate
-from peft_spon.layer import spon_layers
+from peft_spon.sites import spon_layers
 from peft_spon.targets import read_not_called
 
 

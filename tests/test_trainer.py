@@ -22,8 +22,8 @@ from trl import SFTConfig
 
 from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, dense_mode
 from peft_spon.distillation import without_dropout
-from peft_spon.layer import spon_layers
 from peft_spon.losses import forward_kl
+from peft_spon.sites import spon_layers
 from peft_spon.statistics import removed_by_s
 from peft_spon.trainer import TrainingDiverged
 

@@ -15,9 +15,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..data import Batch, check_arguments, count_tokens, iter_batches, to_device
-from ..layer import spon_layers
-from ..model import resolve_adapter
 from ..modes import dense_mode, evaluation_mode, every_token_sparse, without_anchors
+from ..sites import resolve_sites
 from ..statistics import Zeros
 
 
@@ -152,9 +151,8 @@ def evaluate(
         `TypeError`: an argument of another kind, as when two are swapped.
     """
     check_arguments(model, data, tokenizer, "evaluate")
-    name = resolve_adapter(model, adapter_name, must_be_active=True)
-    layers = {key: layer for key, layer in spon_layers(model).items() if name in layer.spon_settings}
-    has_anchors = any(name in layer.spon_anchor for layer in layers.values())
+    name, layers = resolve_sites(model, adapter_name)
+    has_anchors = any(layer.has_repair(name) for layer in layers.values())
     sums = {mode: _Sums() for mode in ("dense", "sparse", *(["anchored"] if has_anchors else []))}
     zeros = {mode: Zeros(layers, name) for mode in ("sparse", "anchored")}
     batches = iter_batches(
@@ -186,7 +184,7 @@ def evaluate(
             bar.update(count_tokens(batch))
     if sums["dense"].tokens == 0:
         raise ValueError("The data has no token to predict: every label is -100 or every text has one token.")
-    first = next(iter(layers.values())).spon_settings[name].prefill
+    first = next(iter(layers.values())).settings(name).prefill
     every = every_token or first == "sparse"
     last = "anchored" if has_anchors else "sparse"
     return EvaluationResult(
