@@ -342,7 +342,7 @@ def test_anchor_modules_limit_the_anchors_not_the_sparsity(llama):
     model = get_peft_model(llama, random_config(anchor_modules=["down_proj"]))
     for name, layer in spon_layers(model).items():
         assert ("default" in layer.spon_anchor) == name.endswith("down_proj")
-        assert layer.spon_settings["default"].sparsity == 0.4
+        assert layer.sparsifier("default").sparsity == 0.4
     model.delete_adapter("default")
     assert all(not layer.spon_settings for layer in spon_layers(model).values())
 
