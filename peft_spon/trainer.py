@@ -452,9 +452,9 @@ class SponTrainer(SFTTrainer):
         metrics.update({"kl_before": before, "kl_after": after})
         text = "held-out" if self.eval_dataset is not None else "training"
         if not math.isfinite(after):
-            self._stop(f"The KL on {text} data is {after} after the last step,")
+            self._stop(f"The KL on {text} data is {after} after the last step")
         if self._watch.steps < DIVERGENCE_WINDOW and rises(after, before, DIVERGENCE_FACTOR - 1):
-            self._stop(f"The KL diverges: {after:.4g} on {text} data after the last step, {before:.4g} at the start,")
+            self._stop(f"The KL diverges: {after:.4g} on {text} data after the last step, {before:.4g} at the start")
         if rises(after, before, KL_RISE):
             logger.warning(
                 f"TRAINING MADE THE SPARSE MODEL WORSE: its KL to the dense model on {text} data rose from "
@@ -643,10 +643,11 @@ class SponTrainer(SFTTrainer):
         self._set_state(self._watch.good)
         folder = os.path.join(self.args.output_dir, "last-good")
         self.save_model(folder)
+        which = "The best anchors so far" if self._watch.best < math.inf else "The anchors that train() began with"
         raise TrainingDiverged(
-            f"{problem}. The best anchors so far are back in the model and saved "
-            f"in '{folder}'. Lower learning_rate (now {self.args.learning_rate:g}) and gain_learning_rate (now "
-            f"{self.args.gain_learning_rate:g}), or check the data and the dtype."
+            f"{problem}. {which} are back in the model and saved in '{folder}'. Lower learning_rate (now "
+            f"{self.args.learning_rate:g}) and gain_learning_rate (now {self.args.gain_learning_rate:g}), or check "
+            "the data and the dtype."
         )
 
     def _trained_parameters(self) -> list[nn.Parameter]:

@@ -85,7 +85,9 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_model(llama, val
     model = get_peft_model(llama, SponConfig(criterion="topk", init_weights=False))
     layer = next(iter(spon_layers(model).values()))
     layer.spon_anchor["default"].data.fill_(value)
-    with pytest.raises(ValueError, match=r"logits of the sparse \(with anchors\) model are NaN or infinite at 15 of 15"):
+    with pytest.raises(
+        ValueError, match=r"logits of the sparse \(with anchors\) model are NaN or infinite at 15 of 15"
+    ):
         evaluate(model, data())
     llama.model.norm.weight.data.fill_(value)
     with pytest.raises(ValueError, match="logits of the dense model are NaN or infinite at 15 of 15"):

@@ -230,7 +230,9 @@ def test_under_autocast_the_loss_stays_lean_and_its_logits_exact(name):
     distillation = SelfDistillation(inner, 1.0)
     with distillation, torch.autocast("cpu", dtype=torch.bfloat16):
         model(**inputs, distill_labels=labels)
-        hook = inner.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]), prepend=True)
+        hook = inner.get_output_embeddings().register_forward_pre_hook(
+            lambda _, args: seen.append(args[0]), prepend=True
+        )
         found = model(**inputs, distill_labels=labels)
         hook.remove()
     assert distillation.lean
