@@ -357,8 +357,8 @@ def check_can_be_reference(model: nn.Module, source: str, name: str) -> None:
         raise ValueError(
             f"Adapter {name!r} would be a copy of {source!r} (as TRL's preference trainers add it for a reference), "
             "but the LoRA beneath SPON, which is trained, would be part of both. Give the trainer a ref_model of its "
-            "own, load_with_lora(base, folder).get_base_model(); where it takes none (GRPO), use beta=0.0, or freeze the "
-            'LoRA: set_trainable(model, "anchors").'
+            "own, load_with_lora(base, folder).get_base_model(); where it takes none (GRPO), use beta=0.0, or freeze "
+            'the LoRA: set_trainable(model, "anchors").'
         )
 
 
