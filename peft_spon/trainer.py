@@ -412,6 +412,8 @@ class SponTrainer(SFTTrainer):
         """All batches of some data, in order, as large as those that are trained on."""
         with (
             attribute([self.args], "dataloader_drop_last", False),
+            # Trainer would keep the loader, and give it back when another data set is to be evaluated.
+            attribute([self.args], "dataloader_persistent_workers", False),
             attribute([self.args], "per_device_eval_batch_size", self.args.per_device_train_batch_size),
         ):
             return self.get_eval_dataloader(data)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from models import MODELS, VOCAB, logits
 from peft import LoraConfig, get_peft_model
 from test_trainer import tokenizer  # noqa: F401  (a fixture)
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig
 
 from peft_spon import SponConfig, add_lora, calibrate, load_with_lora
 from peft_spon.layer import spon_layers
@@ -78,10 +78,12 @@ def test_dpo_begins_at_ln_2_and_trains_away_from_its_start(tmp_path, tokenizer, 
 
 
 def test_grpo_begins_without_a_divergence(tmp_path, tokenizer):  # noqa: F811
+    # TRL 1.0 imports requests there and does not ask for it.
+    grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer", exc_type=ImportError).GRPOTrainer
     data = Dataset.from_dict({"prompt": ["w3 w4", "w5 w6"] * 4})
     sizes = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 4}
     args = GRPOConfig(**options(tmp_path, learning_rate=0.05, beta=0.1, **sizes))
-    trainer = GRPOTrainer(
+    trainer = grpo_trainer(
         spon(),
         args=args,
         train_dataset=data,
