@@ -229,7 +229,8 @@ def calibrate(
             text_column=text_column,
         )
         label = "calibrating on the sparse model" if sparse else "calibrating"
-        return _measure(model, layers, name, batches, sparse=sparse, label=label, progress=progress)
+        bar = tqdm(desc=label, total=max_tokens, unit=" tokens", disable=None if progress is None else not progress)
+        return _measure(model, layers, name, batches, sparse=sparse, bar=bar)
 
     before = {key: layer.spon_settings[name] for key, layer in layers.items()}
     histograms, tokens = measure(sparse=refit)
@@ -280,15 +281,16 @@ def removed_by_s(
     adapter_name: str | None = None,
     batch_size: int = 8,
     max_length: int = 512,
-    max_tokens: int = 8192,
+    max_tokens: int | None = 8192,
     text_column: str = "text",
+    progress: bool | None = None,
 ) -> dict[str, Removed]:
     """
     How much S takes away from each layer.
 
     Args:
         model (`torch.nn.Module`): a model with a SPON adapter.
-        data, tokenizer, adapter_name, batch_size, max_length, max_tokens, text_column: as in [`calibrate`].
+        data, tokenizer, adapter_name, batch_size, max_length, max_tokens, text_column, progress: as in [`calibrate`].
 
     Returns:
         `dict[str, Removed]`: by layer name.
@@ -314,10 +316,17 @@ def removed_by_s(
         for key, layer in spon_layers(model).items()
         if name in layer.spon_settings
     ]
+    bar = tqdm(
+        desc="measuring what S removes",
+        total=max_tokens,
+        unit=" tokens",
+        disable=None if progress is None else not progress,
+    )
     try:
-        with every_token_sparse(model), evaluation_mode(model):
+        with every_token_sparse(model), evaluation_mode(model), bar:
             for batch in batches:
                 run(model, batch)
+                bar.update(count_tokens(batch))
     finally:
         for handle in handles:
             handle.remove()
@@ -347,7 +356,7 @@ def run(model: nn.Module, batch: Batch) -> None:
 
 
 def _measure(
-    model: nn.Module, layers: dict[str, SponLayer], name: str, batches, *, sparse: bool, label: str, progress
+    model: nn.Module, layers: dict[str, SponLayer], name: str, batches, *, sparse: bool, bar: tqdm
 ) -> tuple[dict[str, ScoreHistogram], int]:
     """One pass over the data: a histogram per layer, summed over processes, and the number of tokens seen."""
     recorder = _Recorder(layers, name)
@@ -356,9 +365,7 @@ def _measure(
         with ExitStack() as stack:
             stack.enter_context(every_token_sparse(model) if sparse else dense_mode(model))
             stack.enter_context(evaluation_mode(model))
-            bar = stack.enter_context(
-                tqdm(desc=label, unit=" tokens", disable=None if progress is None else not progress)
-            )
+            stack.enter_context(bar)
             for batch in batches:
                 recorder.start_batch(batch)
                 run(model, batch)
