@@ -213,8 +213,8 @@ def evaluate(
         [`EvaluationResult`]
 
     Raises:
-        `ValueError`: no data, no SPON adapter, a model that predicts no next token, a size below 1, logits that are NaN or
-            infinite (-inf is fine where all forbid the same tokens, none of them in the data).
+        `ValueError`: no data, no SPON adapter, a model that predicts no next token, a size below 1, logits that are
+            NaN or infinite (-inf is fine where all forbid the same tokens, none of them in the data).
         `TypeError`: an argument of another kind, as when two are swapped.
     """
     check_arguments(model, data, tokenizer, "evaluate")
