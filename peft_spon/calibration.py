@@ -125,7 +125,8 @@ def calibrate(
             text_column=text_column,
         )
         with every_token_sparse(model) if sparse else dense_mode(model):
-            return watch(model, batches, observer, f"calibrating{' on the sparse model' * sparse}", progress)
+            label = "calibrating on the sparse model" if sparse else "calibrating"
+            return watch(model, batches, observer, label, progress, max_tokens)
 
     def fit(sparse: bool) -> int:
         scores = Scores(layers, name)

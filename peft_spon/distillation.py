@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers.utils import logging
 
 from .losses import OutputHead, compare_hidden, compare_logits
-from .modes import dense_mode, evaluation_mode
+from .modes import attribute, dense_mode, evaluation_mode
 
 
 logger = logging.get_logger(__name__)
@@ -24,8 +24,8 @@ class SelfDistillation:
     Stands in for the `forward` of a causal language model and gives it a second way to be called.
 
     Inside a `with` block, `model(**inputs, distill_labels=labels)` runs the model with SPON off (the teacher: no
-    gradient, no dropout), then with SPON on, and returns the per-token [`losses.Distillation`] as a dict; without that
-    argument nothing changes.
+    gradient, no dropout, NEFTune's noise the same as the student's), then with SPON on, and returns the per-token
+    [`losses.Distillation`] as a dict; without that argument nothing changes.
     It must be one call: wrappers that shard or synchronise (DDP, FSDP2, ZeRO-3) only see what happens inside their own
     forward.
 
@@ -44,6 +44,7 @@ class SelfDistillation:
         self.temperature = temperature
         self.lean = lean
         self.scale: float | None = None  # what the model multiplies its logits by; None: not looked at yet
+        self.kept_teacher: list[torch.Tensor] | None = None  # see one_teacher
         functools.update_wrapper(self, model.forward, updated=())
 
     def __enter__(self) -> None:
@@ -58,6 +59,7 @@ class SelfDistillation:
         else:
             self.model.forward = self.replaced
 
+    @torch.compiler.disable(recursive=False)  # what it calls is compiled
     def __call__(self, *args: Any, distill_labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if distill_labels is None:
             return self.forward(*args, **kwargs)
@@ -69,8 +71,12 @@ class SelfDistillation:
             if problem:
                 self.lean = False
                 logger.warning(f"The distillation loss holds the logits of all tokens, in fp32: {problem}.")
-        with torch.no_grad(), dense_mode(self.model), evaluation_mode(self.model):
-            teacher = predictions(self._run(args, kwargs), counted)
+        if self.kept_teacher is None:
+            teacher = self._teacher(args, kwargs, counted)
+        else:
+            if not self.kept_teacher:
+                self.kept_teacher.append(self._teacher(args, kwargs, counted))
+            teacher = self.kept_teacher[0]
         student = predictions(self._run(args, kwargs), counted)
         labels = labels.to(student.device)
         if not self.lean:
@@ -80,6 +86,20 @@ class SelfDistillation:
                 head = OutputHead(weight, bias, self.scale, softcap_of(self.model))
                 result = compare_hidden(student, teacher, labels, head, self.temperature)
         return vars(result)
+
+    @contextmanager
+    def one_teacher(self):
+        """`with distillation.one_teacher():` all calls inside are for the same batch; the teacher runs once for it."""
+        self.kept_teacher = []
+        try:
+            yield
+        finally:
+            self.kept_teacher = None
+
+    def _teacher(self, args: tuple, kwargs: dict, counted: torch.Tensor) -> torch.Tensor:
+        noisy = [embedding for embedding in noisy_embedding(self.model) if embedding.training]
+        with torch.no_grad(), dense_mode(self.model), evaluation_mode(self.model), noise_ahead(noisy):
+            return predictions(self._run(args, kwargs), counted)
 
     def _run(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """What the model feeds its head, shape (batch, tokens, hidden), or without `lean` its logits."""
@@ -111,7 +131,7 @@ class SelfDistillation:
         problem = head_problem(self.model)
         if problem:
             return problem
-        with evaluation_mode(self.model):
+        with evaluation_mode(self.model), without_autocast(self.model.get_output_embeddings()):
             caught, wanted = self._catch(args, kwargs)
         if len(caught) != 1:
             return f"the output head of {type(self.model).__name__} runs {len(caught)} times in a forward"
@@ -123,11 +143,13 @@ class SelfDistillation:
             if raw.shape != wanted.shape:
                 return f"{type(self.model).__name__} changes its logits' shape behind the output head"
             uncapped = wanted if softcap is None else softcap * (wanted / softcap).clamp(-0.999999, 0.999999).atanh()
-            scale = float((raw * uncapped).sum() / raw.square().sum().clamp_min(1e-30))
+            allowed = ~(raw.isneginf() & wanted.isneginf())  # a bias of -inf forbids a token
+            scale = float((raw * uncapped)[allowed].sum() / raw[allowed].square().sum().clamp_min(1e-30))
             # bf16 keeps 3 digits of a logit.
             tolerance = 1e-4 if weight.dtype == torch.float32 else 3e-2
             scale = 1.0 if abs(scale - 1) < 1e-3 else scale
             ours = OutputHead(weight, bias, scale, softcap).logits(hidden[:, -1])
+        ours, wanted = ours[allowed], wanted[allowed]
         if not (ours - wanted).abs().max() <= tolerance * wanted.abs().max():
             return f"{type(self.model).__name__} changes its logits behind the output head in a way not known here"
         self.scale = scale
@@ -170,6 +192,44 @@ def gathered_head(head: nn.Linear):
         return
     weight, bias = (value.full_tensor() if isinstance(value, DTensor) else value for value in (head.weight, head.bias))
     yield weight.detach(), None if bias is None else bias.detach()
+
+
+@contextmanager
+def without_autocast(head: nn.Linear):
+    """`with without_autocast(head):` the head computes in the dtype of its weight: autocast would round its logits."""
+    device = head.weight.device.type
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device, enabled=False):
+            return before(hidden.to(head.weight.dtype))
+
+    before, own = head.forward, vars(head).get("forward")
+    head.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own
+
+
+def noisy_embedding(model: nn.Module) -> list[nn.Module]:
+    """The input embedding where NEFTune adds noise to it, which it does in training mode only; else nothing."""
+    embedding = model.get_input_embeddings()
+    return [embedding] if "neftune_noise_alpha" in vars(embedding) else []
+
+
+@contextmanager
+def noise_ahead(embeddings: list[nn.Module]):
+    """`with noise_ahead(noisy_embedding(model)):` the noise on the embeddings is what the next forward will draw."""
+    if not embeddings:
+        yield
+        return
+    device = next(embeddings[0].parameters()).device
+    devices = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+    with torch.random.fork_rng(**devices), attribute(embeddings, "training", True):
+        yield
 
 
 @contextmanager

@@ -152,6 +152,15 @@ class SponLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    @torch.no_grad()
+    def copy_adapter(self, source: str, adapter_name: str) -> None:
+        """Give an adapter what another one with the same configuration holds: anchors, gains, thresholds, settings."""
+        for held in (self.spon_anchor, self.spon_gain):
+            if source in held:
+                held[adapter_name].copy_(held[source])
+        self.set_state(adapter_name, {name: tensor.clone() for name, tensor in self.state(source).items()})
+        self.spon_settings[adapter_name] = self.spon_settings[source]
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's: choose the active adapters and make them trainable, unless these are frozen for a LoRA."""
         super().set_adapter(adapter_names, inference_mode or self.trainable_choice == "lora")

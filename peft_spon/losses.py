@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What anchors are trained on: the distance between the dense and the sparse model's next-token distributions."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,8 @@ def forward_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor, tempe
     """
     KL(teacher || student) of the softmax distributions, per token (SPON, arXiv 2512.12744, section 3).
 
-    Computed in fp32 whatever the dtype of the logits: SPON's KL is small, and bf16 logits would drown it.
+    Computed in fp32 whatever the dtype of the logits: SPON's KL is small, and bf16 logits would drown it. A token that
+    the teacher forbids (a logit of -inf) adds nothing, as 0 log 0 = 0.
 
     Args:
         student_logits, teacher_logits (`torch.Tensor`): shape (tokens, vocabulary).
@@ -27,7 +29,13 @@ def forward_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor, tempe
     """
     student = F.log_softmax(student_logits.float() / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    per_token = F.kl_div(student, teacher, reduction="none", log_target=True)
+    return per_token.masked_fill(teacher.isneginf(), 0).sum(-1)
+
+
+def perplexity(nll: float) -> float:
+    """exp of a mean negative log-likelihood in nats; infinite where that overflows."""
+    return math.exp(nll) if nll < 700 else math.inf
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,7 @@ class _ChunkedForwardKL(torch.autograd.Function):
             else:
                 log_t, log_s = F.log_softmax(t / temperature, dim=-1), F.log_softmax(s / temperature, dim=-1)
             p_t = log_t.exp()
-            kl[rows] = log_t.sub_(log_s).mul_(p_t).sum(-1)
+            kl[rows] = log_t.sub_(log_s).masked_fill_(p_t == 0, 0).mul_(p_t).sum(-1)
             if gradient is not None:
                 grad_logits = log_s.exp_().sub_(p_t).div_(temperature)
                 gradient[rows] = head.backward(grad_logits, s)

@@ -55,7 +55,9 @@ class SponModel(BaseTuner):
     """
     A model whose targeted linear layers compute `y = W (S(x) + anchor) + b` (SPON, arXiv 2512.12744).
 
-    Made by `peft.get_peft_model(model, SponConfig(...))`; see [`SponConfig`] for the dials.
+    Made by `peft.get_peft_model(model, SponConfig(...))`; see [`SponConfig`] for the dials. Another adapter with the
+    configuration that one has in the model, `model.add_adapter("ref", model.peft_config["default"])`, is its copy:
+    anchors, gains and thresholds. TRL's preference trainers make their reference that way.
 
     Args:
         model (`torch.nn.Module`): the model to adapt; its weights are frozen and never changed.
@@ -106,15 +108,18 @@ class SponModel(BaseTuner):
         super()._check_new_adapter_config(config)
 
     def _prepare_adapter_config(self, peft_config: SponConfig, model_config: dict) -> SponConfig:
-        # A copy: calibration and the dial write into it, and the user's object may serve several adapters.
+        # A copy: calibration and the dial write into it, and the user's object may serve several adapters. That of an
+        # adapter in this model is how TRL's preference trainers add a copy of it as their reference.
         if peft_config.modules_to_save or peft_config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
             # PEFT adds heads to the list of the user's object, some after this: one list for both, each name once.
             peft_config.modules_to_save = list(dict.fromkeys(peft_config.modules_to_save or []))
         own = copy.copy(peft_config)
         own._is_new = True
-        for name, config in self.peft_config.items():
-            if config is peft_config:
-                self.peft_config[name] = own
+        *others, name = [name for name, config in self.peft_config.items() if config is peft_config]
+        if others:
+            check_can_be_reference(self.model, others[0], name)
+        own._copy_of = others[0] if others else None
+        self.peft_config[name] = own
         return own
 
     def _prepare_model(self, peft_config: SponConfig, model: nn.Module) -> None:
@@ -150,6 +155,8 @@ class SponModel(BaseTuner):
         has_anchor = matches(peft_config.anchor_modules, current_key)
         if isinstance(target, SponLayer):
             target.update_layer(adapter_name, peft_config, sparsity, has_anchor)
+            if peft_config._copy_of in target.spon_settings:
+                target.copy_adapter(peft_config._copy_of, adapter_name)
             return
         layer = SponLinear(target, adapter_name, peft_config, sparsity, has_anchor)
         layer.trainable_choice = trainable_choice(self.model)
@@ -388,6 +395,18 @@ class SponModel(BaseTuner):
             raise
         config._is_new = False
         return remapped
+
+
+def check_can_be_reference(model: nn.Module, source: str, name: str) -> None:
+    """Raises `ValueError` if a copy of an adapter could not be a reference: the LoRA beneath belongs to both."""
+    parameters = [p for layer in lora_layers(model) for key, p in layer.named_parameters() if "lora_" in key]
+    if any(parameter.requires_grad for parameter in parameters):
+        raise ValueError(
+            f"Adapter {name!r} would be a copy of {source!r} (as TRL's preference trainers add it for a reference), "
+            "but the LoRA beneath SPON, which is trained, would be part of both. Give the trainer a ref_model of its "
+            "own, load_with_lora(base, folder).get_base_model(); where it takes none (GRPO), use beta=0.0, or freeze "
+            'the LoRA: set_trainable(model, "anchors").'
+        )
 
 
 def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:

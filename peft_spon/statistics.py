@@ -252,10 +252,17 @@ def check_seen(name: str, total: int, non_finite: int) -> None:
         )
 
 
-def watch(model: nn.Module, batches: Iterable[Batch], observer: Observer, label: str, progress: bool | None) -> int:
+def watch(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    observer: Observer,
+    label: str,
+    progress: bool | None = None,
+    max_tokens: int | None = None,
+) -> int:
     """Run the model, in eval mode, over all batches for what the observer sees of it; the number of tokens seen."""
     tokens = 0
-    bar = tqdm(desc=label, unit=" tokens", disable=None if progress is None else not progress)
+    bar = tqdm(desc=label, total=max_tokens, unit=" tokens", disable=None if progress is None else not progress)
     with observer, evaluation_mode(model), bar:
         for batch in batches:
             observer.start_batch(batch)
@@ -293,6 +300,24 @@ class Removed:
     share: float
 
 
+class _Removal(Observer):
+    """Squares of what S removes, and of all, per layer."""
+
+    def __init__(self, layers: dict[str, SponLayer], adapter_name: str):
+        super().__init__(layers, adapter_name)
+        self.squares: dict[str, torch.Tensor] = {}
+        self.entries: dict[str, int] = {}
+
+    def see(self, name: str, layer: SponLayer, x: torch.Tensor, is_new: bool) -> None:
+        whole, removed = x, x - layer.sparsify(x, self.adapter_name)
+        if layer.settings(self.adapter_name).anchor_space == "output":
+            at_zero = layer.base_layer(torch.zeros_like(x[..., :1, :]))
+            whole, removed = (layer.base_layer(value) - at_zero for value in (whole, removed))
+        sums = torch.stack([value.float().square().sum(dtype=torch.float64) for value in (removed, whole)])
+        self.squares[name] = self.squares.get(name, 0.0) + sums.cpu()
+        self.entries[name] = self.entries.get(name, 0) + removed.numel()
+
+
 @torch.no_grad()
 def removed_by_s(
     model: nn.Module,
@@ -302,15 +327,16 @@ def removed_by_s(
     adapter_name: str | None = None,
     batch_size: int = 8,
     max_length: int = 512,
-    max_tokens: int = 8192,
+    max_tokens: int | None = 8192,
     text_column: str = "text",
+    progress: bool | None = None,
 ) -> dict[str, Removed]:
     """
     How much S takes away from each layer.
 
     Args:
         model (`torch.nn.Module`): a model with a SPON adapter.
-        data, tokenizer, adapter_name, batch_size, max_length, max_tokens, text_column: as in [`calibrate`].
+        data, tokenizer, adapter_name, batch_size, max_length, max_tokens, text_column, progress: as in [`calibrate`].
 
     Returns:
         `dict[str, Removed]`: by layer name.
@@ -319,37 +345,16 @@ def removed_by_s(
     batches = iter_batches(
         data, tokenizer, batch_size=batch_size, max_length=max_length, max_tokens=max_tokens, text_column=text_column
     )
-    squares: dict[str, torch.Tensor] = {}
-    entries: dict[str, int] = {}
-
-    def observe(key: str, layer: SponLayer, x: torch.Tensor) -> None:
-        whole, removed = x, x - layer.sparsify(x, name)
-        if layer.spon_settings[name].anchor_space == "output":
-            at_zero = layer.base_layer(torch.zeros_like(x[..., :1, :]))
-            whole, removed = (layer.base_layer(value) - at_zero for value in (whole, removed))
-        sums = torch.stack([value.float().square().sum(dtype=torch.float64) for value in (removed, whole)])
-        squares[key] = squares.get(key, 0.0) + sums.cpu()
-        entries[key] = entries.get(key, 0) + removed.numel()
-
-    handles = [
-        layer.register_forward_pre_hook(lambda module, args, key=key: observe(key, module, args[0]))
-        for key, layer in spon_layers(model).items()
-        if name in layer.spon_settings
-    ]
-    try:
-        with every_token_sparse(model), evaluation_mode(model):
-            for batch in batches:
-                run(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    table = torch.stack([squares[key] / torch.tensor([entries[key], 1.0]) for key in squares])
+    seen = _Removal({key: layer for key, layer in spon_layers(model).items() if name in layer.spon_settings}, name)
+    with every_token_sparse(model):
+        watch(model, batches, seen, "measuring what S removes", progress, max_tokens)
+    table = torch.stack([squares / torch.tensor([seen.entries[key], 1.0]) for key, squares in seen.squares.items()])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # The same numbers on every rank, to the last bit: they set learning rates.
         table = table.to(next(model.parameters()).device)
         torch.distributed.broadcast(table, src=0)
     found = {}
-    for key, (mean_square, whole) in zip(squares, table.tolist(), strict=True):
-        share = math.sqrt(mean_square * entries[key] / whole) if whole > 0 else 0.0
+    for key, (mean_square, whole) in zip(seen.squares, table.tolist(), strict=True):
+        share = math.sqrt(mean_square * seen.entries[key] / whole) if whole > 0 else 0.0
         found[key] = Removed(math.sqrt(mean_square) or 1.0, share)
     return found

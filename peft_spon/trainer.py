@@ -3,22 +3,28 @@
 """Training anchors by distillation: the teacher is the same model with SPON off."""
 
 import itertools
+import json
 import math
 import os
 import re
+import shutil
 import textwrap
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import logging
 
 
@@ -31,26 +37,40 @@ from .calibration import calibrate
 from .cards import public_name, quoted, without_local_base
 from .config import SponConfig
 from .data import check_training_data
-from .distillation import SelfDistillation, without_dropout
+from .distillation import SelfDistillation, noise_ahead, noisy_embedding, without_dropout
 from .layer import SponLayer
 from .lora import active_lora, apply_trainable, trainable_choice
-from .modes import differentiable, evaluation_mode, every_token_sparse
+from .losses import perplexity
+from .modes import attribute, differentiable, evaluation_mode, every_token_sparse
 from .sites import adapter_config, resolve_adapter, spon_layers
 from .statistics import Removed, removed_by_s
 
 
 logger = logging.get_logger(__name__)
 
-# Batches on which the KL before and after training is compared.
-COMPARED_BATCHES = 8
+# The KL before and after training is measured on the rows of so many steps, but on this many rows at least and not on
+# more than so many tokens: little beside a training of 100 steps.
+COMPARED_STEPS = 2
+COMPARED_ROWS = 8
+COMPARED_TOKENS = 8192
+# Tokens on which the scale of the learning rates is measured.
+SCALE_TOKENS = 8192
 # Training stops when the mean KL of so many steps is twice that before the first step.
 DIVERGENCE_WINDOW = 20
 DIVERGENCE_FACTOR = 2.0
+# A rise of the KL that says something: by more than one per cent, and more than fp32 rounding makes of equal
+# distributions (nats).
+KL_RISE = 0.01
+KL_ROUNDING = 1e-6
 # The gains' learning rate is for layers of which S removes this share (root mean squares) or more, on average: it
 # falls with the square of a smaller share, as the gain that mends it does. 10 % sparsity removes 0.02, 50 % 0.2.
 FULL_GAIN_SHARE = 0.2
 # `modules_to_save` are weights of the model, not small additions to it.
 MODULES_LEARNING_RATE = 1e-5
+OWN_LOSS = "the loss of SponTrainer is the KL divergence from the dense to the sparse model"
+# Where a checkpoint's trainer_state.json keeps the mark and the window of the divergence watch.
+WATCH_KEY = "SponDivergenceWatch"
+DENSE_BROKEN = "and the dense model's log-likelihood is not finite either"
 
 
 @dataclass
@@ -115,9 +135,21 @@ class SponTrainingConfig(SFTConfig):
             self.bf16 = False  # TRL's default is bf16, which stops with an error where there is no accelerator
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # needed with reentrant checkpointing, and faster
-        if "loss_type" in self.__dataclass_fields__ and self.loss_type not in (None, "nll"):
-            self.loss_type = "nll"  # TRL 1.7 to 1.14 replace the model's forward for their default; we bring our own
+        if self.loss_type == "chunked_nll":
+            self.loss_type = "nll"  # TRL 1.7 to 1.14 replace the model's forward for this default; we bring our own
         super().__post_init__()
+        if self.loss_type not in (None, "nll"):
+            raise ValueError(f"loss_type is {self.loss_type!r}, but {OWN_LOSS}; leave it out.")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor!r}, but {OWN_LOSS}, and the dense model's "
+                "predictions are no labels to smooth; leave it out."
+            )
+        if vars(self).get("router_aux_loss_coef"):
+            raise ValueError(
+                f"router_aux_loss_coef is {self.router_aux_loss_coef!r}, but {OWN_LOSS}, and the routers are frozen; "
+                "leave it out."
+            )
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature!r}; use a number above 0, 1.0 for plain KL.")
         if self.calibration_tokens < 1:
@@ -177,7 +209,7 @@ class SponTrainer(SFTTrainer):
         kwargs: all other arguments of [`~trl.SFTTrainer`]: `train_dataset`, `eval_dataset`, `processing_class`, ...
 
     Raises:
-        `ValueError`: no anchor can be trained.
+        `ValueError`: no anchor can be trained; from `train()` before the first step: nothing can be learned.
         `TrainingDiverged`: from `train()`, when the KL is NaN, infinite, or has doubled.
 
     Example:
@@ -224,10 +256,16 @@ class SponTrainer(SFTTrainer):
             args = SponTrainingConfig(f"{name.split('/')[-1] or 'model'}-SPON")
         if not isinstance(args, SponTrainingConfig):
             raise TypeError(f"args is a {type(args).__name__}; SponTrainer takes a SponTrainingConfig.")
-        if kwargs.get("compute_metrics") is not None:
+        for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} needs the logits of all tokens, which are never made here; kl, perplexity and "
+                    "top1_agreement are evaluated by themselves, and peft_spon.evaluate() reports more."
+                )
+        if kwargs.get("compute_loss_func") is not None:
             raise ValueError(
-                "compute_metrics needs the logits of all tokens, which are never made here; kl, perplexity and "
-                "top1_agreement are evaluated by themselves, and peft_spon.evaluate() reports more."
+                f"compute_loss_func was given, but {OWN_LOSS}; leave it out, or use TRL's SFTTrainer for a loss of "
+                "your own."
             )
         has_adapter = isinstance(model, nn.Module) and bool(spon_layers(model))
         if isinstance(model, PeftModel) and not has_adapter:
@@ -240,6 +278,7 @@ class SponTrainer(SFTTrainer):
         is_prepared = (args.dataset_kwargs or {}).get("skip_prepare_dataset") or kwargs.get("formatting_func")
         if not is_prepared:
             check_training_data(kwargs.get("train_dataset"), kwargs.get("eval_dataset"), args.dataset_text_field)
+        self._has_own_collator = kwargs.get("data_collator") is not None
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
         self.adapter_name = resolve_adapter(self.model, None)
         self._choice_before = trainable_choice(self.model)
@@ -258,15 +297,38 @@ class SponTrainer(SFTTrainer):
         self._distillation = SelfDistillation(inner, self.args.temperature)
         self._removed: dict[str, Removed] = {}
         self._sums = torch.zeros(5, dtype=torch.float64)
-        self._step_sums = torch.zeros(2, device=self.accelerator.device)
+        self._step_sums = torch.zeros(5, device=self.accelerator.device)
         self._watch = _DivergenceWatch()
         self.add_callback(_TrainingEvents(self))
 
     # ---- before and after the steps ------------------------------------------------------------------------------
 
-    def train(self, *args: Any, **kwargs: Any):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """As [`~trl.SFTTrainer.train`]; a checkpoint that a killed training left half-written is never resumed."""
+        resume = self._whole_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
         with without_dropout(self.model), differentiable(self.model), self._anchors_chosen():
-            return self._train(*args, **kwargs)
+            return self._train(resume, *args, **kwargs)
+
+    def _whole_checkpoint(self, wanted: str | bool) -> str | bool:
+        """The checkpoint to resume: the wanted one, or the last whole one before it; half-written ones are renamed."""
+        found = [wanted, None]
+        if self.is_world_process_zero():
+            try:
+                found[0] = last_whole_checkpoint(wanted, self.args.output_dir)
+            except ValueError as error:
+                found[1] = str(error)
+        found = broadcast_object_list(found)
+        if found[1]:
+            raise ValueError(found[1])
+        return found[0]
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            # It is written last and says that the folder is whole, which one that is overwritten no longer is.
+            folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        self.state.stateful_callbacks[WATCH_KEY] = {"args": {}, "attributes": self._watch.to_dict()}
+        super()._save_checkpoint(model, trial)
 
     @contextmanager
     def _anchors_chosen(self) -> Iterator[None]:
@@ -312,58 +374,96 @@ class SponTrainer(SFTTrainer):
                     "calibrate(model, data) in one process, save the adapter, and train that."
                 )
             logger.info(f"calibrating on {self.args.calibration_tokens} tokens of the training data")
-            bar = None if not self.args.disable_tqdm else False
-            calibrate(self.model, max_tokens=self.args.calibration_tokens, progress=bar, **self._calibration_data())
+            calibrate(self.model, **self._calibration_data(self.args.calibration_tokens))
         if self.args.relative_learning_rate:
             if not is_whole:
                 raise ValueError(
                     "relative_learning_rate=True measures what S removes from each layer, and this process does not "
                     "hold the whole model; set it to False and give learning_rate in the units of the activations."
                 )
-            self._removed = removed_by_s(self.model, **self._calibration_data())
+            logger.info(f"measuring what S removes, on {SCALE_TOKENS} tokens of the training data")
+            self._removed = removed_by_s(self.model, **self._calibration_data(SCALE_TOKENS))
 
     def _recalibrate(self) -> None:
         tokens = max(1, self.args.calibration_tokens // 8)
         logger.info(f"fitting the thresholds anew to the sparse model, on {tokens} tokens of the training data")
-        calibrate(self.model, refit=True, max_tokens=tokens, progress=False, **self._calibration_data())
+        calibrate(self.model, refit=True, **{**self._calibration_data(tokens), "progress": False})
 
     def _has_thresholds(self) -> bool:
         return adapter_config(self.model, self.adapter_name).make_criterion().selects == "threshold"
 
-    def _calibration_data(self) -> dict[str, Any]:
+    def _calibration_data(self, tokens: int) -> dict[str, Any]:
         """The same tokens in the same blocks whatever the batch size and the number of processes."""
-        return {
-            "data": self.train_dataset,
+        settings = {
             "adapter_name": self.adapter_name,
             "batch_size": self.args.per_device_train_batch_size,
             "max_length": self.args.max_length or 1024,
+            "progress": None if self._shows_progress() else False,
         }
+        is_raw = self._has_own_collator and (self.args.dataset_kwargs or {}).get("skip_prepare_dataset")
+        if is_raw or "input_ids" not in next(iter(self.train_dataset), {}):
+            return {"data": self._collated(tokens), "max_tokens": None, **settings}
+        return {"data": self.train_dataset, "max_tokens": tokens, **settings}
 
-    def _state(self) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
-        """Copies of what is trained, and of the thresholds of all layers."""
-        thresholds = [
-            {name: threshold.clone() for name, threshold in layer.spon_threshold.items()}
+    def _collated(self, tokens: int) -> Iterator[dict[str, Any]]:
+        """Training batches as the collator makes them of rows that only it can read, until they hold enough tokens."""
+        seen = 0
+        for batch in self._loader(self.train_dataset):
+            yield {key: value for key, value in batch.items() if key != "labels"}
+            seen += batch["input_ids"].numel() * self.accelerator.num_processes
+            if seen >= tokens:
+                return
+
+    def _loader(self, data: Any) -> Any:
+        """All batches of some data, in order, as large as those that are trained on."""
+        with (
+            attribute([self.args], "dataloader_drop_last", False),
+            # Trainer would keep the loader, and give it back when another data set is to be evaluated.
+            attribute([self.args], "dataloader_persistent_workers", False),
+            attribute([self.args], "per_device_eval_batch_size", self.args.per_device_train_batch_size),
+        ):
+            return self.get_eval_dataloader(data)
+
+    def _shows_progress(self) -> bool:
+        return self.is_local_process_zero() and not self.args.disable_tqdm
+
+    def _state(self) -> tuple[list[torch.Tensor], list[list[dict[str, torch.Tensor]]]]:
+        """Copies of what is trained, and of the thresholds and their tables of all layers."""
+        tables = [
+            [{name: value.clone() for name, value in held.items()} for held in self._tables(layer)]
             for layer in spon_layers(self.model).values()
         ]
-        return [p.detach().clone() for p in self._trained_parameters()], thresholds
+        return [p.detach().clone() for p in self._trained_parameters()], tables
 
-    def _set_state(self, state: tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]) -> None:
-        parameters, thresholds = state
+    def _set_state(self, state: tuple[list[torch.Tensor], list[list[dict[str, torch.Tensor]]]]) -> None:
+        parameters, tables = state
         _assign(self._trained_parameters(), parameters)
-        for layer, held in zip(spon_layers(self.model).values(), thresholds, strict=True):
-            layer.spon_threshold.update(held)
+        for layer, values in zip(spon_layers(self.model).values(), tables, strict=True):
+            for held, value in zip(self._tables(layer), values, strict=True):
+                held.update(value)
+
+    @staticmethod
+    def _tables(layer: SponLayer) -> list[Any]:
+        return [getattr(layer, f"spon_{name}") for name in layer.state_names]
 
     def _compare_with(self, start: tuple, metrics: dict[str, float]) -> None:
         """Held-out KL with the anchors and thresholds of the start and with those of now, into metrics and log."""
         if self.is_deepspeed_enabled:
             return  # ZeRO-3 holds parameters where they cannot be swapped
-        after, trained = self._mean_kl(), self._state()
-        self._set_state(start)
-        before = self._mean_kl()
-        self._set_state(trained)
+        trained = self._state()
+        try:
+            tokens, (after, before) = self._mean_kls([trained, start], "KL before and after training")
+        finally:
+            self._set_state(trained)
+        if tokens == 0:
+            return
         metrics.update({"kl_before": before, "kl_after": after})
         text = "held-out" if self.eval_dataset is not None else "training"
-        if not after < before:
+        if not math.isfinite(after):
+            self._stop(f"The KL on {text} data is {after} after the last step")
+        if self._watch.steps < DIVERGENCE_WINDOW and rises(after, before, DIVERGENCE_FACTOR - 1):
+            self._stop(f"The KL diverges: {after:.4g} on {text} data after the last step, {before:.4g} at the start")
+        if rises(after, before, KL_RISE):
             logger.warning(
                 f"TRAINING MADE THE SPARSE MODEL WORSE: its KL to the dense model on {text} data rose from "
                 f"{before:.4f} to {after:.4f}. Lower learning_rate and gain_learning_rate, or train longer."
@@ -371,19 +471,74 @@ class SponTrainer(SFTTrainer):
         else:
             logger.info(f"KL to the dense model on {text} data: {before:.4f} before, {after:.4f} after training")
 
-    @torch.no_grad()
+    def _set_mark(self) -> None:
+        """The KL before the first step, on the data that is trained on, so that it is compared with the like."""
+        tokens, (kl,) = self._mean_kls([None], "KL before training", self.train_dataset)
+        if tokens == 0:
+            raise ValueError(
+                "Nothing can be learned: in the training data every label is -100 or every sequence has one token. "
+                "Check completion_only_loss, assistant_only_loss, max_length, and the labels."
+            )
+        if not math.isfinite(kl):
+            raise TrainingDiverged(
+                f"The KL is {kl} before the first step: logits are NaN or infinite. Check the model's weights and its "
+                "dtype (fp16 overflows, bf16 does not); peft_spon.evaluate(model, data) says which model's they are."
+            )
+        if kl == 0:
+            sparsity = adapter_config(self.model, self.adapter_name).sparsity
+            raise ValueError(
+                f"Nothing can be learned: the sparse model predicts exactly what the dense one does (sparsity is "
+                f"{sparsity:g}). Make it sparse: SponConfig(sparsity=0.5), or model.set_sparsity(0.5)."
+            )
+        self._watch.start = kl
+
     def _mean_kl(self, data: Any = None) -> float:
         """Mean KL per token over the first batches of some data; default: held out, or to train on without any."""
+        _, (kl,) = self._mean_kls([None], "KL", data)
+        return kl
+
+    @torch.no_grad()
+    def _mean_kls(self, states: list[tuple | None], text: str, data: Any = None) -> tuple[int, list[float]]:
+        """Counted tokens, and the mean KL with each of some anchors and thresholds (None: those of now)."""
         if data is None:
             data = self.eval_dataset if self.eval_dataset is not None else self.train_dataset
-        loader = self.get_eval_dataloader(next(iter(data.values())) if isinstance(data, dict) else data)
-        sums = torch.zeros(5, dtype=torch.float64)
-        with evaluation_mode(self.model_wrapped):
-            for batch in itertools.islice(loader, COMPARED_BATCHES):
-                with self.compute_loss_context_manager():
-                    rows, _ = self._distill(self.model_wrapped, self._prepare_inputs(batch))
-                sums += self._gather_rows(rows, batch)
-        return (sums[1] / sums[0].clamp(min=1)).item()
+        data = next(iter(data.values())) if isinstance(data, dict) else data
+        sums = torch.zeros(len(states), 5, dtype=torch.float64)
+        noisy = noisy_embedding(self._distillation.model)
+        with evaluation_mode(self.model_wrapped), noise_ahead(noisy):
+            for batch in self._compared(data, text):
+                with self._distillation.one_teacher(), self.compute_loss_context_manager():
+                    for number, state in enumerate(states):
+                        if state is not None:
+                            self._set_state(state)
+                        rows, _ = self._distill(self.model_wrapped, batch)
+                        sums[number] += self._gather_rows(rows, batch)
+        return int(sums[0, 0]), (sums[:, 1] / sums[:, 0].clamp(min=1)).tolist()
+
+    def _compared(self, data: Any, text: str) -> Iterator[dict[str, torch.Tensor]]:
+        """The first batches of some data that have a label, as many as the KL is measured on."""
+        args = self.args
+        rows = args.per_device_train_batch_size * self.accelerator.num_processes
+        wanted = max(math.ceil(COMPARED_ROWS / rows), COMPARED_STEPS * args.gradient_accumulation_steps)
+        loader = self._loader(data)
+        if not has_length(loader):  # an endless stream; training sees no more of it
+            loader = itertools.islice(loader, max(wanted, args.max_steps * args.gradient_accumulation_steps))
+        logger.info(f"measuring the {text}")
+        hidden = None if self._shows_progress() else True
+        seen = taken = 0
+        with tqdm(desc=text, total=wanted, unit=" batches", disable=hidden, leave=False) as bar:
+            for batch in loader:
+                batch = self._prepare_inputs(batch)
+                labels = batch.get("labels", batch["input_ids"])
+                sizes = [labels.numel(), int((labels[:, 1:] != -100).sum())]
+                tokens, counted = self.accelerator.reduce(torch.tensor(sizes, device=args.device)).tolist()
+                if counted == 0:
+                    continue
+                yield batch
+                bar.update()
+                seen, taken = seen + tokens, taken + 1
+                if taken >= wanted or seen >= COMPARED_TOKENS:
+                    return
 
     # ---- optimisation --------------------------------------------------------------------------------------------
 
@@ -441,6 +596,11 @@ class SponTrainer(SFTTrainer):
         self, model: nn.Module, inputs: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Tokens, KL, student's and teacher's NLL, agreement per row of the batch, shape (rows, 5); and per token."""
+        if "labels" not in inputs:
+            raise ValueError(
+                f"The batches have {sorted(inputs)}, but no labels, which say what tokens count; let the collator add "
+                "them: the input_ids, and -100 where a token does not count."
+            )
         labels = inputs["labels"]
         forward_inputs = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
         with self._distillation, every_token_sparse(self.model):
@@ -466,24 +626,36 @@ class SponTrainer(SFTTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        self._step_sums = self._step_sums + self._last[:2].to(self.accelerator.device)
+        self._step_sums = self._step_sums + self._last.to(self.accelerator.device)
         if self.accelerator.sync_gradients:  # the last of the accumulated batches
-            tokens, kl = self.accelerator.reduce(self._step_sums).tolist()
-            self._step_sums = torch.zeros(2, device=self.accelerator.device)
-            problem = self._watch.look_at(kl / max(tokens, 1), self._trained_parameters())
-            if problem:
-                self._stop(problem)
+            tokens, kl, _, dense, _ = self.accelerator.reduce(self._step_sums).tolist()
+            self._step_sums = torch.zeros_like(self._step_sums)
+            if tokens > 0:
+                problem = self._watch.look_at(kl / tokens, self._state)
+                if problem:
+                    problem += "" if math.isfinite(dense) else f" ({DENSE_BROKEN})"
+                    self._stop(f"{problem} at step {self.state.global_step + 1}")
         return loss
 
+    def _check_update(self) -> None:
+        """After an update, before anything is saved: stop if it made an anchor NaN or infinite."""
+        finite = [
+            (p.to_local() if isinstance(p, DTensor) else p).isfinite().all().to(self.args.device)
+            for p in self._trained_parameters()
+        ]
+        if self.accelerator.reduce((~torch.stack(finite)).sum()) > 0:
+            self._stop(f"The anchors are NaN or infinite after step {self.state.global_step}")
+
     def _stop(self, problem: str) -> None:
-        """Put the last good anchors back, save them, raise."""
-        _assign(self._trained_parameters(), self._watch.good)
+        """Put the last good anchors and thresholds back, save them, raise."""
+        self._set_state(self._watch.good)
         folder = os.path.join(self.args.output_dir, "last-good")
         self.save_model(folder)
+        which = "The best anchors so far" if self._watch.best < math.inf else "The anchors that train() began with"
         raise TrainingDiverged(
-            f"{problem} at step {self.state.global_step + 1}. The best anchors so far are back in the model and saved "
-            f"in '{folder}'. Lower learning_rate (now {self.args.learning_rate:g}) and gain_learning_rate (now "
-            f"{self.args.gain_learning_rate:g}), or check the data and the dtype."
+            f"{problem}. {which} are back in the model and saved in '{folder}'. Lower learning_rate (now "
+            f"{self.args.learning_rate:g}) and gain_learning_rate (now {self.args.gain_learning_rate:g}), or check "
+            "the data and the dtype."
         )
 
     def _trained_parameters(self) -> list[nn.Parameter]:
@@ -506,7 +678,7 @@ class SponTrainer(SFTTrainer):
             sums = self.accelerator.reduce(self._sums.float().to(self.accelerator.device)).cpu().double()
             self._sums = torch.zeros(5, dtype=torch.float64)
             logs.update(_means(sums))
-        if "learning_rate" in logs and "initial_lr" in self.optimizer.param_groups[0]:
+        if "learning_rate" in logs and self.optimizer.param_groups[0].get("initial_lr"):
             # Trainer logs the first layer's rate; the schedule's share of the peak is the same for all.
             logs["learning_rate"] *= self.args.learning_rate / self.optimizer.param_groups[0]["initial_lr"]
         super().log(logs, start_time)
@@ -552,14 +724,15 @@ def _means(sums: torch.Tensor) -> dict[str, float]:
         return {}
     return {
         "kl": kl / tokens,
-        "perplexity": _exp(student_nll / tokens),
-        "dense_perplexity": _exp(teacher_nll / tokens),
+        "perplexity": perplexity(student_nll / tokens),
+        "dense_perplexity": perplexity(teacher_nll / tokens),
         "top1_agreement": agree / tokens,
     }
 
 
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+def rises(after: float, before: float, share: float) -> bool:
+    """Whether a KL rose by more than a share of what it was, and by more than rounding."""
+    return after > (1 + share) * before + KL_ROUNDING
 
 
 class _DivergenceWatch:
@@ -568,29 +741,38 @@ class _DivergenceWatch:
     def __init__(self):
         self.recent: deque[float] = deque(maxlen=DIVERGENCE_WINDOW)
         self.start = math.inf  # mean KL before the first step
+        self.first = 0.0  # KL of the first step, before its update
         self.best = math.inf
-        self.good: list[torch.Tensor] = []
+        self.good: tuple = ()
         self.steps = 0
 
-    def look_at(self, kl: float, parameters: list[nn.Parameter]) -> str | None:
+    def look_at(self, kl: float, state: Callable[[], tuple]) -> str | None:
         """One more step's KL, before the update that follows it; says what is wrong, or None."""
-        if not self.good:
-            self.good = [parameter.detach().clone() for parameter in parameters]
         if not math.isfinite(kl):
             return f"The KL is {kl}"
+        self.first = self.first if self.steps else kl
         self.steps += 1
         self.recent.append(kl)
         mean = sum(self.recent) / len(self.recent)
         if len(self.recent) < DIVERGENCE_WINDOW:
             return None
-        if mean > DIVERGENCE_FACTOR * self.start:
-            return (
-                f"The KL diverges: {mean:.4g} over the last {len(self.recent)} steps, {self.start:.4g} at the start,"
-            )
+        # Both are of the start: few rows, or other ones, must not raise an alarm.
+        start = max(self.start, self.first)
+        if rises(mean, start, DIVERGENCE_FACTOR - 1):
+            return f"The KL diverges: {mean:.4g} over the last {len(self.recent)} steps, {start:.4g} at the start,"
         if self.steps % DIVERGENCE_WINDOW == 0 and mean < self.best:
             self.best = mean
-            self.good = [parameter.detach().clone() for parameter in parameters]
+            self.good = state()
         return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps; the anchors of a resumed training are good until better ones come."""
+        return {"start": self.start, "first": self.first, "steps": self.steps, "recent": list(self.recent)}
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Go on from what a checkpoint kept."""
+        self.start, self.first, self.steps = saved["start"], saved["first"], saved["steps"]
+        self.recent.extend(saved["recent"])
 
 
 class _TrainingEvents(TrainerCallback):
@@ -602,13 +784,68 @@ class _TrainingEvents(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         logged = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
         self.trainer._total_train_tokens = logged[-1] if logged else 0
-        # Of the data that is trained on, so that it is compared with the like.
-        self.trainer._watch.start = self.trainer._mean_kl(self.trainer.train_dataset)
+        self.trainer._watch.good = self.trainer._state()
+        if WATCH_KEY in state.stateful_callbacks:
+            self.trainer._watch.resume(state.stateful_callbacks[WATCH_KEY]["attributes"])
+        else:
+            self.trainer._set_mark()
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.trainer._check_update()
         count = args.recalibrations if self.trainer._has_thresholds() else 0
         if state.global_step in {state.max_steps * i // (count + 1) for i in range(1, count + 1)} - {0}:
             self.trainer._recalibrate()
+
+
+def last_whole_checkpoint(wanted: str | bool, output_dir: str) -> str:
+    """
+    The checkpoint to resume from. Half-written ones are renamed, since Trainer would count them as checkpoints.
+
+    Args:
+        wanted (`str` or `True`): a checkpoint's folder, or the last one in `output_dir`.
+        output_dir (`str`): where the checkpoints of the training are.
+
+    Returns:
+        `str`: the wanted folder, or if a killed training left it half-written the last whole one before it.
+
+    Raises:
+        `ValueError`: there is none.
+    """
+    folder = Path(output_dir) if wanted is True else Path(wanted).parent
+    number = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    if wanted is True:
+        newest = math.inf
+    elif Path(wanted).is_dir() and (match := number.fullmatch(Path(wanted).name)):
+        newest = int(match[1])
+    else:
+        return wanted
+    found = {path: number.fullmatch(path.name) for path in folder.glob("*") if path.is_dir()}
+    steps = {int(match[1]): path for path, match in found.items() if match and int(match[1]) <= newest}
+    for step, path in sorted(steps.items(), reverse=True):
+        if is_whole(path):
+            return wanted if step == newest else str(path)
+        aside = path.with_name(f"incomplete-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        logger.warning(
+            f"The checkpoint '{path}' is half-written ({TRAINER_STATE_NAME}, which is written last, is missing or cut "
+            f"off): the training was killed while saving it. It is called '{aside.name}' now, and the one before it "
+            "is resumed."
+        )
+    if not steps:
+        return wanted  # Trainer says that there is no checkpoint
+    raise ValueError(
+        f"'{folder}' has no whole checkpoint: the training was killed while saving its first one. Begin anew: train() "
+        "without resume_from_checkpoint."
+    )
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to the end."""
+    try:
+        return "global_step" in json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def _assign(parameters: list[nn.Parameter], values: list[torch.Tensor]) -> None:

@@ -72,6 +72,55 @@ def test_realised_sparsity_is_counted_and_weighted_by_weights(llama):
     assert result.sparse.sparsity == pytest.approx(total / weights)
 
 
+def spoil(model, **bias):
+    """Give a head without a bias one, zero but for some tokens."""
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(head.out_features))
+    for token, value in bias.items():
+        head.bias.data[int(token.removeprefix("token"))] = value
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_an_error_that_names_the_model(llama, value):
+    model = get_peft_model(llama, SponConfig(criterion="topk", init_weights=False))
+    layer = next(iter(spon_layers(model).values()))
+    layer.spon_anchor["default"].data.fill_(value)
+    with pytest.raises(
+        ValueError, match=r"logits of the sparse \(with anchors\) model are NaN or infinite at 15 of 15"
+    ):
+        evaluate(model, data())
+    llama.model.norm.weight.data.fill_(value)
+    with pytest.raises(ValueError, match="logits of the dense model are NaN or infinite at 15 of 15"):
+        evaluate(model, data())
+
+
+def test_tokens_that_are_forbidden_to_all_add_nothing(llama):
+    model = get_peft_model(llama, SponConfig(criterion="topk", init_weights=False))
+    spoil(llama, token1=-1e4)
+    wanted = evaluate(model, data())
+    spoil(llama, token1=-math.inf)
+    found = evaluate(model, data())
+    for name in ("dense", "sparse", "anchored"):
+        for field in ("perplexity", "standard_error", "kl", "top1_agreement"):
+            assert getattr(getattr(found, name), field) == pytest.approx(
+                getattr(getattr(wanted, name), field), rel=1e-6, abs=1e-9
+            )
+    spoil(llama, token5=-math.inf)
+    assert any((ids[:, 1:] == 5).any() for ids in data())
+    with pytest.raises(ValueError, match="dense model gives the token 5 of the data the probability 0.*-100"):
+        evaluate(model, data())
+
+
+def test_a_perplexity_that_overflows_is_infinite(llama):
+    model = get_peft_model(llama, SponConfig(criterion="topk"))
+    llama.lm_head.weight.data.mul_(1e6)
+    result = evaluate(model, data())
+    assert result.dense.perplexity == result.dense.standard_error == math.inf
+    assert math.isfinite(result.sparse.kl)
+    assert "inf" in str(result)
+    assert math.isnan(result.damage_removed)
+
+
 def test_table_and_damage_removed(llama):
     model = get_peft_model(llama, SponConfig(sparsity=0.6))
     result = evaluate(model, data())

@@ -108,7 +108,7 @@ def test_the_old_handle_of_a_lora_still_saves_it(tmp_path):
 
 def test_an_adapter_without_thresholds_is_found_out_after_one_with_them():
     model = calibrated(get_peft_model(MODELS["llama"](), spon_config()))
-    model.add_adapter("ref", model.peft_config["default"])  # as TRL's preference trainers do
+    model.add_adapter("ref", SponConfig(sparsity=0.5, calibrated=True))  # as read from a saved adapter's folder
     logits(model, "llama")
     model.set_adapter("ref")
     with pytest.raises(ValueError, match="'ref' is said to be calibrated but has no thresholds"):

@@ -57,6 +57,41 @@ def test_chunks_give_the_value_and_gradient_of_full_logits(temperature, softcap,
     assert (gradient - wanted_gradient).norm() <= 1e-5 * wanted_gradient.norm()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_tokens_that_both_models_forbid_add_nothing(temperature):
+    hidden, vocabulary, forbidden = 8, 11, [0, 7]
+    weight, bias = torch.randn(vocabulary, hidden), torch.randn(vocabulary)
+    banned = bias.clone()
+    banned[forbidden] = -torch.inf
+    allowed = [i for i in range(vocabulary) if i not in forbidden]
+    teacher, labels = torch.randn(5, hidden), torch.tensor([1, 2, 3, 4, 5])
+    student = torch.randn(5, hidden, requires_grad=True)
+    position = torch.tensor([allowed.index(int(label)) for label in labels])
+    logits = [F.linear(h, weight[allowed], bias[allowed]) for h in (student, teacher)]
+    wanted = compare_logits(*logits, position, temperature)
+    (wanted_gradient,) = torch.autograd.grad(wanted.kl.sum(), student)
+    full = compare_logits(F.linear(student, weight, banned), F.linear(teacher, weight, banned), labels, temperature)
+    lean = compare_hidden(student, teacher, labels, OutputHead(weight, banned), temperature)
+    for found in (full, lean):
+        (gradient,) = torch.autograd.grad(found.kl.sum(), student)
+        torch.testing.assert_close(found.kl, wanted.kl)
+        torch.testing.assert_close(found.student_nll, wanted.student_nll)
+        torch.testing.assert_close(gradient, wanted_gradient)
+    broken = teacher.clone()
+    broken[0, 0] = torch.nan
+    assert compare_hidden(student, broken, labels, OutputHead(weight, banned), temperature).kl.isnan().tolist()[0]
+
+
+def test_a_head_that_forbids_a_token_is_seen_through():
+    model = get_peft_model(phi(), SponConfig(init_weights=False))
+    with torch.no_grad():
+        model.get_output_embeddings().bias[5] = -torch.inf
+    found, gradient = loss_and_gradients(model, lean=True)
+    assert found["kl"].isfinite().all()
+    assert gradient.isfinite().all()
+    assert gradient.norm() > 0
+
+
 def test_no_tokens_give_no_loss_and_no_error():
     head = OutputHead(torch.randn(5, 4))
     student = torch.randn(0, 4, requires_grad=True)
@@ -148,6 +183,17 @@ def ragged_batch():
     return {"input_ids": ids, "attention_mask": mask}, labels
 
 
+def activate_noise(model, alpha):
+    """NEFTune as Trainer switches it on: an attribute of the embedding, and a hook that reads it in training mode."""
+    embedding = model.get_input_embeddings()
+    embedding.neftune_noise_alpha = alpha
+
+    def add_noise(module, args, output):
+        return output + alpha * 0.05 * torch.zeros_like(output).uniform_(-1, 1) if module.training else output
+
+    return embedding.register_forward_hook(add_noise)
+
+
 def loss_and_gradients(model, lean, temperature=1.0):
     inputs, labels = ragged_batch()
     inner = model.get_base_model()
@@ -173,6 +219,56 @@ def test_every_family_gets_the_naive_loss_and_gradients(name):
     assert torch.equal(found["agree"], wanted["agree"])
     assert wanted_gradient.norm() > 0
     assert (gradient - wanted_gradient).norm() <= 1e-5 * wanted_gradient.norm()
+
+
+@pytest.mark.parametrize("name", sorted(CAUSAL))
+def test_under_autocast_the_loss_stays_lean_and_its_logits_exact(name):
+    model = get_peft_model(CAUSAL[name](), SponConfig(sparsity=0.5, init_weights=False))
+    inner, (inputs, labels) = model.get_base_model(), ragged_batch()
+    exact = SelfDistillation(inner, 1.0)
+    with exact:
+        model(**inputs, distill_labels=labels)
+    seen = []
+    distillation = SelfDistillation(inner, 1.0)
+    with distillation, torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**inputs, distill_labels=labels)
+        hook = inner.get_output_embeddings().register_forward_pre_hook(
+            lambda _, args: seen.append(args[0]), prepend=True
+        )
+        found = model(**inputs, distill_labels=labels)
+        hook.remove()
+    assert distillation.lean
+    assert distillation.scale == pytest.approx(exact.scale, rel=1e-6), "not estimated from rounded logits"
+    # The same from logits of all tokens, made in fp32 of the hidden states that autocast made.
+    counted = labels[:, 1:] != -100
+    head, softcap = inner.get_output_embeddings(), getattr(inner.config, "final_logit_softcapping", None)
+    assert head.weight.dtype == torch.float32
+    logits = [F.linear(h[:, :-1][counted].float(), head.weight, head.bias) * exact.scale for h in seen]
+    teacher, student = [z if softcap is None else softcap * torch.tanh(z / softcap) for z in logits]
+    wanted = compare_logits(student, teacher, labels[:, 1:][counted])
+    torch.testing.assert_close(found["kl"], wanted.kl, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(found["student_nll"], wanted.student_nll, rtol=1e-5, atol=2e-6)
+    assert "forward" not in vars(head)
+
+
+def test_teacher_and_student_see_the_same_noise():
+    model = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.0)).train()
+    inner, (inputs, labels) = model.get_base_model(), ragged_batch()
+    handle = activate_noise(inner, 5.0)
+    nll = []
+    with SelfDistillation(inner, 1.0):
+        for _ in range(2):
+            found = model(**inputs, distill_labels=labels)
+            assert torch.equal(found["teacher_nll"], found["student_nll"])
+            nll.append(found["teacher_nll"])
+        assert not torch.allclose(*nll), "and new noise in each batch"
+        model.eval()
+        quiet = model(**inputs, distill_labels=labels)["teacher_nll"]
+    handle.remove()
+    del inner.get_input_embeddings().neftune_noise_alpha
+    assert not torch.allclose(quiet, nll[0])
+    with SelfDistillation(inner, 1.0):
+        torch.testing.assert_close(model.train()(**inputs, distill_labels=labels)["teacher_nll"], quiet)
 
 
 def test_the_naive_loss_is_what_it_says():

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..data import Batch, check_arguments, count_tokens, iter_batches, to_device
+from ..losses import perplexity
 from ..modes import dense_mode, evaluation_mode, every_token_sparse, without_anchors
 from ..sites import resolve_sites
 from ..statistics import Zeros
@@ -25,7 +26,7 @@ class Scores:
     """One way of running the model, over all predicted tokens.
 
     Attributes:
-        perplexity (`float`): exp of the mean negative log-likelihood per token.
+        perplexity (`float`): exp of the mean negative log-likelihood per token; infinite where that overflows.
         standard_error (`float`): of the perplexity, from the variance of the tokens' log-likelihoods.
         kl (`float`): mean KL(dense || this) of the next-token distributions, in nats per token.
         top1_agreement (`float`): share of tokens whose most likely next token is the dense model's.
@@ -88,28 +89,47 @@ class EvaluationResult:
 
 
 class _Sums:
-    """Running sums over tokens for one way of running the model."""
+    """Running sums over tokens for one way of running the model, `whose` name stands in errors."""
 
-    def __init__(self):
+    def __init__(self, whose: str):
+        self.whose = whose
         self.tokens, self.nll, self.nll_squared, self.kl, self.same = 0, 0.0, 0.0, 0.0, 0
 
     def add(self, logits: torch.Tensor, dense_logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """logits (tokens, vocabulary) in any dtype, labels (tokens,)."""
+        """logits (tokens, vocabulary) in any dtype, labels (tokens,); forbidden tokens have logits of -inf."""
+        broken = int((~logits.amax(-1).isfinite()).sum()) if len(labels) else 0
+        if broken:
+            raise ValueError(
+                f"The logits of the {self.whose} model are NaN or infinite at {broken} of {len(labels)} tokens of a "
+                "text; check its weights and its dtype (fp16 overflows, bf16 does not)."
+            )
         log_p = F.log_softmax(logits.float(), dim=-1)
         dense_log_p = F.log_softmax(dense_logits.float(), dim=-1)
         nll = -log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1).double()
+        if nll.isinf().any():
+            raise ValueError(
+                f"The {self.whose} model gives the token {int(labels[nll.isinf()][0])} of the data the probability 0 "
+                "(it forbids it, by a logit of -inf), so its perplexity is infinite; set such labels to -100."
+            )
+        p = dense_log_p.exp()
+        kl = (p * (dense_log_p - log_p)).masked_fill(p == 0, 0).sum(-1, dtype=torch.float64)
+        if kl.isinf().any():
+            raise ValueError(
+                f"The {self.whose} model forbids (by a logit of -inf) a token that the dense one allows, so the KL "
+                "between them is infinite."
+            )
         self.tokens += len(labels)
         self.nll += float(nll.sum())
         self.nll_squared += float(nll.square().sum())
-        self.kl += float((dense_log_p.exp() * (dense_log_p - log_p)).sum(dtype=torch.float64))
+        self.kl += float(kl.sum())
         self.same += int((log_p.argmax(-1) == dense_log_p.argmax(-1)).sum())
 
     def scores(self, sparsity: float) -> Scores:
         mean = self.nll / self.tokens
         variance = max(self.nll_squared / self.tokens - mean**2, 0.0)
-        perplexity = math.exp(mean)
-        error = perplexity * math.sqrt(variance / self.tokens)
-        return Scores(perplexity, error, self.kl / self.tokens, self.same / self.tokens, sparsity)
+        value = perplexity(mean)
+        error = value * math.sqrt(variance / self.tokens) if math.isfinite(value) else math.inf
+        return Scores(value, error, self.kl / self.tokens, self.same / self.tokens, sparsity)
 
 
 @torch.no_grad()
@@ -147,18 +167,20 @@ def evaluate(
         [`EvaluationResult`]
 
     Raises:
-        `ValueError`: no data, no SPON adapter, a model that predicts no next token; a size below 1.
+        `ValueError`: no data, no SPON adapter, a model that predicts no next token, a size below 1, logits that are
+            NaN or infinite (-inf is fine where all forbid the same tokens, none of them in the data).
         `TypeError`: an argument of another kind, as when two are swapped.
     """
     check_arguments(model, data, tokenizer, "evaluate")
     name, layers = resolve_sites(model, adapter_name)
     has_anchors = any(layer.has_repair(name) for layer in layers.values())
-    sums = {mode: _Sums() for mode in ("dense", "sparse", *(["anchored"] if has_anchors else []))}
+    modes = {"dense": "dense", "sparse": "sparse", **({"anchored": "sparse (with anchors)"} if has_anchors else {})}
+    sums = {mode: _Sums(whose) for mode, whose in modes.items()}
     zeros = {mode: Zeros(layers, name) for mode in ("sparse", "anchored")}
     batches = iter_batches(
         data, tokenizer, batch_size=batch_size, max_length=max_length, max_tokens=max_tokens, text_column=text_column
     )
-    bar = tqdm(desc="evaluating", unit=" tokens", disable=None if progress is None else not progress)
+    bar = tqdm(desc="evaluating", total=max_tokens, unit=" tokens", disable=None if progress is None else not progress)
     with evaluation_mode(model), bar:
         for batch in batches:
             inputs = to_device(batch, model)
