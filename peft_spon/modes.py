@@ -64,7 +64,9 @@ def held(name: str) -> str:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """`with evaluation_mode(model):` dropout off, every module's own mode restored after."""
-    with attribute(list(model.modules()), "training", False):
+    # The wrappers of torch.compile hand attributes on to what they wrap.
+    modules = [module for module in model.modules() if "_orig_mod" not in module._modules]
+    with attribute(modules, "training", False):
         yield
 
 
