@@ -79,7 +79,7 @@ def _load() -> tuple[Library | None, Kernel]:
     library.spon_gemv.argtypes = pointers * 4 + sizes * 4 + codes * 3 + sizes
     library.spon_threshold_gemv.argtypes = pointers * 8 + codes + sizes * 4 + codes * 2 + sizes
     library.spon_read.argtypes = pointers + sizes * 2
-    library.spon_read.restype = ctypes.c_uint64
+    library.spon_read.restype = ctypes.c_float
     found = Library(library.spon_gemv, library.spon_threshold_gemv, library.spon_read)
     return found, Kernel(f"c-{chosen.decode()}", f"{origin}: {path}")
 

@@ -50,6 +50,7 @@ typedef struct {
     void (*convert)(int type, const void *x, float *z, long n);
     int (*threshold)(float *z, long n, float tau, const float *scale, const float *gain, int relative, const float *rms);
     void (*columns)(const Product *p, long from, long to);
+    float (*sum)(const float *p, long n);
 } Kernels;
 
 INLINE float bits_to_float(uint32_t bits) {
@@ -320,33 +321,23 @@ EXPORT int spon_threshold_gemv(const void *x, const void *weight, const void *bi
     return run(x, weight, bias, y, rows, n_in, n_out, stride, type, bias_type, 0, threads, threshold);
 }
 
-// The sum of `words` 64-bit words: how fast this machine reads memory, for benchmarks. Needs a pool.
+// The sum of n floats, n < 2^31: how fast this machine reads memory, for benchmarks. Needs a pool.
 typedef struct {
-    const uint64_t *p;
-    long words;
-    uint64_t sum[64];
+    const float *p;
+    long n;
+    float sum[64];
 } Read;
 
-static void read_part(void *argument) {
+static void read_share(void *argument) {
     Read *r = argument;
-    long i = thread_number(), count = thread_count();
-    long from = r->words / count * i, to = i == count - 1 ? r->words : from + r->words / count;
-    uint64_t sums[32] = {0};
-    for (; from + 32 <= to; from += 32) {
-        __builtin_prefetch(r->p + from + 128, 0, 0);
-        __builtin_prefetch(r->p + from + 136, 0, 0);
-        __builtin_prefetch(r->p + from + 144, 0, 0);
-        __builtin_prefetch(r->p + from + 152, 0, 0);
-        for (int j = 0; j < 32; j++) sums[j] += r->p[from + j];
-    }
-    for (; from < to; from++) sums[0] += r->p[from];
-    for (int j = 0; j < 32; j++) r->sum[i % 64] += sums[j];
+    long i = thread_number(), part = r->n / thread_count() / 64 * 64;
+    r->sum[i] = chosen->sum(r->p + i * part, part);
 }
 
-EXPORT uint64_t spon_read(const void *p, long words, long threads) {
-    Read r = {p, words, {0}};
-    parallel(read_part, &r, threads < 64 ? (unsigned)threads : 64, 0);
-    uint64_t sum = 0;
+EXPORT float spon_read(const float *p, long n, long threads) {
+    Read r = {p, n, {0}};
+    float sum = 0;
+    parallel(read_share, &r, threads < 64 ? (unsigned)threads : 64, 0);
     for (int i = 0; i < 64; i++) sum += r.sum[i];
     return sum;
 }
@@ -538,7 +529,21 @@ TARGET static void NAME(columns)(const Product *p, long from, long to) {
     else NAME(columns_)(F16, p, from, to);
 }
 
-static const Kernels NAME(kernels) = {NAME(convert), NAME(threshold), NAME(columns)};
+TARGET static float NAME(sum)(const float *p, long n) {
+    float parts[WIDTH], sum = 0;
+    V a[8], one = ALL(1);
+    for (int i = 0; i < 8; i++) a[i] = ALL(0);
+    for (long j = 0; j + 8 * WIDTH <= n; j += 8 * WIDTH)
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) a[i] = FMA(LOAD(p + j + i * WIDTH), one, a[i]);
+    for (int i = 0; i < 8; i++) {
+        STORE(parts, a[i]);
+        for (int j = 0; j < WIDTH; j++) sum += parts[j];
+    }
+    return sum;
+}
+
+static const Kernels NAME(kernels) = {NAME(convert), NAME(threshold), NAME(columns), NAME(sum)};
 
 #undef V
 #undef ISA
