@@ -1,0 +1,67 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The ops: schemas, what they return without computing it, and what they refuse. Devices register behind them."""
+
+import torch
+
+
+LIBRARY = torch.library.Library("peft_spon", "DEF")
+LIBRARY.define("sparse_gemv(Tensor z, Tensor weight_t, Tensor? bias=None) -> Tensor")
+LIBRARY.define("dense_gemv(Tensor z, Tensor weight_t, Tensor? bias=None) -> Tensor")
+LIBRARY.define(
+    "threshold_gemv(Tensor x, Tensor weight_t, Tensor tau, Tensor? column_scale=None, Tensor? gain=None, "
+    "Tensor? bias=None, bool relative=False) -> Tensor"
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None):
+    """Raises where a kernel would read what is not there. Written for speed: it runs at every call."""
+    n_in, n_out = weight_t.shape
+    if z.shape[-1] != n_in or (bias is not None and bias.shape != (n_out,)):
+        raise ValueError(
+            f"Shapes do not fit: input {tuple(z.shape)}, weight_t {(n_in, n_out)}, bias "
+            f"{None if bias is None else tuple(bias.shape)}; they must be (..., in), (in, out) and (out,)."
+        )
+    device = z.device
+    if weight_t.device != device or (bias is not None and bias.device != device):
+        raise ValueError(f"Input is on {device}, weight_t and bias must be, too.")
+    if z.dtype != weight_t.dtype or z.dtype not in DTYPES:
+        raise ValueError(f"Input is {z.dtype}, weight_t {weight_t.dtype}; both must be one of {DTYPES}.")
+    if n_out > 1 and weight_t.stride(1) != 1:
+        raise ValueError(
+            f"weight_t {(n_in, n_out)} has strides {weight_t.stride()}: its rows must be contiguous. For a weight of "
+            "shape (out, in), pass transposed_storage(weight).t()."
+        )
+
+
+def check_threshold(x: torch.Tensor, tau: torch.Tensor, *vectors: torch.Tensor | None):
+    """The same for what S reads: tau of one element, the others of shape (in,), all fp32."""
+    if tau.numel() != 1 or tau.dtype != torch.float32:
+        raise ValueError(f"tau is {tau.dtype} of shape {tuple(tau.shape)}; it must be one fp32 number.")
+    if tau.device != x.device:
+        raise ValueError(f"tau is on {tau.device}, the input on {x.device}.")
+    for vector in vectors:
+        if vector is not None and (
+            vector.dtype != torch.float32 or vector.shape != x.shape[-1:] or not vector.is_contiguous()
+        ):
+            raise ValueError(
+                f"column_scale and gain must be contiguous fp32 tensors of shape ({x.shape[-1]},), not {vector.dtype} "
+                f"of shape {tuple(vector.shape)}."
+            )
+        if vector is not None and vector.device != x.device:
+            raise ValueError(f"column_scale or gain is on {vector.device}, the input on {x.device}.")
+
+
+@torch.library.register_fake("peft_spon::sparse_gemv")
+@torch.library.register_fake("peft_spon::dense_gemv")
+def _(z, weight_t, bias=None):
+    check(z, weight_t, bias)
+    return z.new_empty((*z.shape[:-1], weight_t.shape[1]))
+
+
+@torch.library.register_fake("peft_spon::threshold_gemv")
+def _(x, weight_t, tau, column_scale=None, gain=None, bias=None, relative=False):
+    check(x, weight_t, bias)
+    check_threshold(x, tau, column_scale, gain)
+    return x.new_empty((*x.shape[:-1], weight_t.shape[1]))

@@ -1,0 +1,57 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The ops in plain torch: what they mean, and what serves where no kernel does."""
+
+import torch
+from torch.nn import functional as F
+
+from . import ops
+
+
+def sparse_gemv(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The definition: y = z W^T + b in fp32 from the rows of weight_t whose input is not 0 throughout the batch."""
+    active = (z != 0).flatten(0, -2).any(0) if z.dim() > 1 else z != 0
+    y = z[..., active].float() @ weight_t[active].float()
+    return (y if bias is None else y + bias.float()).to(z.dtype)
+
+
+def masked_linear(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The same values from the whole weight: no data-dependent shape, safe in CUDA graphs."""
+    ops.check(z, weight_t, bias)
+    return F.linear(z, weight_t.t(), None if bias is None else bias.to(z.dtype))
+
+
+def score(x: torch.Tensor, column_scale: torch.Tensor | None) -> torch.Tensor:
+    """|x| or |x * column_scale| in fp32, as in the criteria."""
+    return (x.float() if column_scale is None else x.float() * column_scale).abs()
+
+
+def root_mean_square(scores: torch.Tensor) -> torch.Tensor:
+    """fp32, shape (..., 1): by what a relative criterion divides its scores (..., in)."""
+    rms = torch.linalg.vector_norm(scores, dim=-1, keepdim=True) * scores.shape[-1] ** -0.5
+    return rms.clamp_min_(torch.finfo(torch.float32).tiny)
+
+
+def select(
+    x: torch.Tensor,
+    tau: torch.Tensor,
+    column_scale: torch.Tensor | None = None,
+    gain: torch.Tensor | None = None,
+    relative: bool = False,
+) -> torch.Tensor:
+    """S(x) * gain: x where score > tau, x * 0 elsewhere (NaN stays NaN)."""
+    scores = score(x, column_scale)
+    if relative:
+        scores = scores / root_mean_square(scores)
+    z = x * torch.gt(scores, tau).to(x.dtype)
+    return z if gain is None else (z * gain).to(x.dtype)
+
+
+def threshold_gemv(x, weight_t, tau, column_scale=None, gain=None, bias=None, relative=False):
+    ops.check_threshold(x, tau, column_scale, gain)
+    return torch.ops.peft_spon.sparse_gemv(select(x, tau, column_scale, gain, relative), weight_t, bias)
+
+
+ops.LIBRARY.impl("sparse_gemv", masked_linear, "CompositeExplicitAutograd")
+ops.LIBRARY.impl("dense_gemv", masked_linear, "CompositeExplicitAutograd")
+ops.LIBRARY.impl("threshold_gemv", threshold_gemv, "CompositeExplicitAutograd")
