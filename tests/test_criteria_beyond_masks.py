@@ -111,7 +111,6 @@ def test_larosa_leaves_wide_inputs_in_their_basis():
 # ---- from outside the package -------------------------------------------------------------------------------------
 
 
-@register_criterion
 @dataclass(frozen=True)
 class Centred(Criterion):
     """|x_i - c_i| above a threshold, c the root mean square of channel i: state from data, a threshold, a dial."""
@@ -130,9 +129,16 @@ class Centred(Criterion):
         return (z.detach().float() - centre).abs()
 
 
+@pytest.fixture(autouse=True)
+def _registered():
+    register_criterion(Centred)
+    yield
+    del CRITERIA["test-centred"]  # the tests of other files go through all criteria
+
+
 def test_registering_is_checked():
     assert CRITERIA["test-centred"] is Centred
-    register_criterion(Centred)  # again, as in a notebook
+    assert register_criterion(Centred) is Centred, "again, as in a notebook"
     with pytest.raises(TypeError, match="no criterion"):
         register_criterion(dict)
     with pytest.raises(ValueError, match="name is None"):
