@@ -19,6 +19,7 @@ import argparse
 import itertools
 import logging
 import random
+import re
 import subprocess
 import sys
 import time
@@ -66,7 +67,7 @@ def load_texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     if args.dataset is None:
         splits = [list(stdlib_texts(split).values()) for split in ("train", "held_out")]
     elif Path(args.dataset).is_file():
-        texts = Path(args.dataset).read_text().split("\n\n")
+        texts = pieces(Path(args.dataset).read_text(encoding="utf-8", errors="ignore"))
         splits = [texts[: len(texts) * 9 // 10], texts[len(texts) * 9 // 10 :]]
     else:
         data = load_dataset(args.dataset, args.dataset_config)
@@ -75,6 +76,16 @@ def load_texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     for texts in splits:
         random.Random(0).shuffle(texts)
     return splits[0], splits[1]
+
+
+def pieces(text: str, longest: int = 4000) -> list[str]:
+    """The paragraphs of a text, long ones cut at white space (if there is any): at least 20 pieces of any text."""
+    if len(text.strip()) < 1000:
+        sys.exit(f"--dataset holds {len(text.strip())} characters of text; give a file with 1,000 or more.")
+    size = min(longest, len(text) // 20)
+    cut = re.compile(rf".{{1,{size}}}(?=\s|$)|.{{1,{size}}}", re.DOTALL)
+    parts = [part for paragraph in re.split(r"\n\s*\n", text) for part in cut.findall(paragraph)]
+    return [part for part in parts if part.strip()]
 
 
 def load_base(name: str) -> torch.nn.Module:

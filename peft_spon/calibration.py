@@ -14,7 +14,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .criteria import entries_kept
-from .data import Batch, iter_batches, padding_masks, to_device, without_padding
+from .data import (
+    Batch,
+    check_arguments,
+    check_sizes,
+    count_tokens,
+    iter_batches,
+    padding_masks,
+    to_device,
+    without_padding,
+)
 from .layer import QUANTILE_POINTS, SponLayer, spon_layers
 from .model import adapter_config, resolve_adapter
 from .modes import dense_mode, evaluation_mode, every_token_sparse
@@ -196,9 +205,12 @@ def calibrate(
         [`CalibrationResult`]: per layer the wanted and realised sparsity and the threshold.
 
     Raises:
-        `ValueError`: no data, no SPON adapter, NaN or infinite activations, a layer that no token reached; `refit` of
-            an adapter without thresholds.
+        `ValueError`: no data, no SPON adapter, NaN or infinite activations, a layer that was never called; `refit` of
+            an adapter without thresholds; a size below 1.
+        `TypeError`: an argument of another kind, as when two are swapped.
     """
+    check_arguments(model, data, tokenizer, "calibrate")
+    check_sizes(batch_size=batch_size, max_length=max_length, max_tokens=max_tokens)
     name = resolve_adapter(model, adapter_name, must_be_active=on_sparse or refit)
     config = adapter_config(model, name)
     if refit and not config.calibrated:
@@ -284,6 +296,9 @@ def removed_by_s(
         `dict[str, Removed]`: by layer name.
     """
     name = resolve_adapter(model, adapter_name)
+    batches = iter_batches(
+        data, tokenizer, batch_size=batch_size, max_length=max_length, max_tokens=max_tokens, text_column=text_column
+    )
     squares: dict[str, torch.Tensor] = {}
     entries: dict[str, int] = {}
 
@@ -301,9 +316,6 @@ def removed_by_s(
         for key, layer in spon_layers(model).items()
         if name in layer.spon_settings
     ]
-    batches = iter_batches(
-        data, tokenizer, batch_size=batch_size, max_length=max_length, max_tokens=max_tokens, text_column=text_column
-    )
     bar = tqdm(
         desc="measuring what S removes",
         total=max_tokens,
@@ -314,7 +326,7 @@ def removed_by_s(
         with every_token_sparse(model), evaluation_mode(model), bar:
             for batch in batches:
                 run(model, batch)
-                bar.update(batch["input_ids"].numel())
+                bar.update(count_tokens(batch))
     finally:
         for handle in handles:
             handle.remove()
@@ -357,8 +369,8 @@ def _measure(
             for batch in batches:
                 recorder.start_batch(batch)
                 run(model, batch)
-                tokens += batch["input_ids"].numel()
-                bar.update(batch["input_ids"].numel())
+                tokens += count_tokens(batch)
+                bar.update(count_tokens(batch))
     finally:
         recorder.remove()
     for key, layer in layers.items():
@@ -375,8 +387,9 @@ def _measure(
             )
         if recorder.histograms[key].total == 0:
             raise ValueError(
-                f"No token of the data reached layer '{key}' (an expert that was never chosen?); give more data, or "
-                "leave the layer out with exclude_modules. Nothing was changed."
+                f"No token of the data reached layer '{key}'. It was never called (an expert that was never chosen, a "
+                "part for pictures or speech while the data has text only, or only its weight is read?). Give more "
+                "data, or leave the layer out with exclude_modules. Nothing was changed."
             )
     return recorder.histograms, tokens
 

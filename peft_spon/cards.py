@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model cards of saved adapters and merged models."""
 
+import json
 import os
 import textwrap
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from ._version import __version__
+from .files import written_aside
 
 
 PAPER = "[Resting Neurons, Active Insights](https://arxiv.org/abs/2512.12744)"
@@ -46,12 +48,12 @@ def adapter_card(
         subfolder (`str`, *optional*): in which the adapter is.
     """
     if (card := replaceable_card(folder)) is None:
-        return
-    base = config.base_model_name_or_path or "name-of-the-base-model"
+        return without_local_base(folder)
+    base = public_name(config.base_model_name_or_path)
     base_class = AUTO_CLASSES.get(config.task_type, "AutoModelForCausalLM")
     if config.task_type is None and (auto_mapping or {}).get("parent_library", "").startswith("transformers."):
-        base_class = auto_mapping["base_model_class"]
-    where = f'"{name or Path(folder).resolve().name}"' + (f', subfolder="{subfolder}"' if subfolder else "")
+        base_class = class_name(auto_mapping["base_model_class"], base_class)
+    where = quoted(name or Path(folder).resolve().name) + (f", subfolder={quoted(subfolder)}" if subfolder else "")
     text = f"""\
         # SPON adapter for {base}
 
@@ -65,7 +67,7 @@ def adapter_card(
         from peft import PeftModel
         from transformers import {base_class}
 
-        base = {base_class}.from_pretrained("{base}")
+        base = {base_class}.from_pretrained({quoted(base)})
         model = PeftModel.from_pretrained(base, {where})  # this folder, or its name on the Hub
         # model.set_sparsity(0.6)  # the dial: another sparsity needs no data
         ```
@@ -86,9 +88,9 @@ def lora_card(folder: str | os.PathLike, config: Any, spon: Any, name: str | Non
     """
     if (card := replaceable_card(folder)) is None:
         return
-    base = config.base_model_name_or_path or "name-of-the-base-model"
+    base = public_name(config.base_model_name_or_path)
     base_class = AUTO_CLASSES.get(config.task_type, "AutoModelForCausalLM")
-    name = name or Path(folder).resolve().name
+    name = quoted(name or Path(folder).resolve().name)
     text = f"""\
         # LoRA for {base}
 
@@ -99,11 +101,11 @@ def lora_card(folder: str | os.PathLike, config: Any, spon: Any, name: str | Non
         from peft import PeftModel
         from transformers import {base_class}
 
-        base = {base_class}.from_pretrained("{base}")
-        model = PeftModel.from_pretrained(base, "{name}")  # this folder, or its name on the Hub
+        base = {base_class}.from_pretrained({quoted(base)})
+        model = PeftModel.from_pretrained(base, {name})  # this folder, or its name on the Hub
         ```
 
-        Together with its SPON adapter: `peft_spon.load_with_lora(base, "the SPON adapter", "{name}")`.
+        Together with its SPON adapter: `peft_spon.load_with_lora(base, "the SPON adapter", {name})`.
         """
     _save(card, folder, text, "peft", config.base_model_name_or_path)
 
@@ -120,9 +122,9 @@ def merged_card(folder: str | os.PathLike, config: Any, name: str) -> None:
         return
     layers = config.quantization_config.layers.values()
     sparsity = sum(entry["sparsity"] for entry in layers) / max(len(layers), 1)
-    architecture = (config.architectures or ["AutoModel"])[0]
+    architecture = class_name((config.architectures or ["AutoModel"])[0], "AutoModel")
     text = f"""\
-        # {config._name_or_path or "A model"} with SPON merged
+        # {public_name(config._name_or_path, "A model")} with SPON merged
 
         On average {sparsity:.0%} of the inputs of {len(layers)} linear layers are zeroed at every token, and merged
         anchors repair the damage: see {PAPER}. Made with peft_spon {__version__}. Without peft_spon the folder loads
@@ -133,7 +135,7 @@ def merged_card(folder: str | os.PathLike, config: Any, name: str) -> None:
         import peft_spon  # makes transformers load the sparse layers
         from transformers import {architecture}
 
-        model = {architecture}.from_pretrained("{name}")  # this folder, or its name on the Hub
+        model = {architecture}.from_pretrained({quoted(name)})  # this folder, or its name on the Hub
         ```
         """
     _save(card, folder, text, "transformers", config._name_or_path)
@@ -164,14 +166,55 @@ def replaceable_card(folder: str | os.PathLike) -> ModelCard | None:
     return card if "[More Information Needed]" in card.text or MARK in card.text else None
 
 
+def quoted(text: str) -> str:
+    """A Python string literal that stays one inside Markdown, whatever a file's name or setting holds."""
+    return json.dumps(text).replace("`", "\\u0060")
+
+
+def public_name(base: str | None, otherwise: str = "name-of-the-base-model") -> str:
+    """The name of a base model on the Hub. A path of this machine, or what is no name, is not shown."""
+    return base.strip() if base and _is_repo_id(base) else otherwise
+
+
+def class_name(name: Any, otherwise: str) -> str:
+    """A class by its name in a configuration, if it is one."""
+    return name if isinstance(name, str) and name.isidentifier() else otherwise
+
+
+def without_local_base(folder: str | os.PathLike) -> None:
+    """Take a path of this machine, which PEFT writes there, out of the metadata of somebody's own card."""
+    card = ModelCard.load(Path(folder, "README.md"))
+    base, tags = card.data.base_model, public_tags(card)
+    is_local = isinstance(base, str) and not is_public(base)
+    if is_local or tags != (card.data.tags or []):
+        card.data.base_model, card.data.tags = None if is_local else base, tags
+        _write(card, folder)
+
+
+def is_public(base: str) -> bool:
+    """True for what can be a model on the Hub: a path of this machine means nothing there, and the Hub refuses it."""
+    return _is_repo_id(base) and not os.path.exists(base)
+
+
+def public_tags(card: ModelCard) -> list[str]:
+    """The tags of a card without those that name a folder, `base_model:adapter:/home/...`, or nothing."""
+    tags = card.data.tags or []
+    named = [tag for tag in tags if tag.startswith("base_model:")]
+    return [tag for tag in tags if tag not in named or is_public(tag.rpartition(":")[2])]
+
+
+def _write(card: ModelCard, folder: str | os.PathLike) -> None:
+    with written_aside(folder) as aside:
+        card.save(aside / "README.md")
+        os.replace(aside / "README.md", Path(folder, "README.md"))
+
+
 def _save(card: ModelCard, folder: str | os.PathLike, text: str, library: str, base: str | None) -> None:
     card.data.library_name = library
-    tags = {tag for tag in card.data.tags or [] if not tag.endswith(":")}
-    card.data.tags = sorted({*tags, "spon", "activation-sparsity"})
-    # A folder of this machine means nothing elsewhere, and the Hub refuses it.
-    card.data.base_model = base if base and not os.path.exists(base) and _is_repo_id(base) else None
+    card.data.tags = sorted({*public_tags(card), "spon", "activation-sparsity"})
+    card.data.base_model = base if base and is_public(base) else None
     card.text = f"{textwrap.dedent(text)}\n{MARK}\n"
-    card.save(Path(folder, "README.md"))
+    _write(card, folder)
 
 
 def _is_repo_id(name: str) -> bool:

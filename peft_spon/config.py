@@ -2,10 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dials of a SPON adapter."""
 
+import json
 import os
-import re
-import shutil
-import tempfile
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -20,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 
 from ._version import __version__
 from .cards import adapter_card
-from .checksums import fields_checksum
+from .checksums import fields_checksum, tensors_checksum
 from .criteria import CRITERIA, Criterion
+from .files import written_aside
+from .patterns import check_pattern, check_speed
 
 
 class SponPeftType(str, Enum):
@@ -35,6 +35,8 @@ class SponPeftType(str, Enum):
 
 
 ANCHOR_SPACES = ("input", "output")
+# Of what an adapter's weights file holds: SPON's own, those of modules_to_save (since 0.3), embeddings (since 0.3).
+TENSORS_CHECKSUMS = ("tensors", "modules", "embeddings")
 # Fields that change what the adapted model computes.
 COMPUTING_FIELDS = (
     "sparsity",
@@ -73,7 +75,8 @@ class SponConfig(PeftConfig):
             Dials of the criterion, for example `{"norm": 1.0}` for `"wina"` and `"weighted"`.
         target_modules (`list[str]` or `str`, *optional*):
             Names (or one regular expression) of the layers to sparsify; default: every linear layer of the
-            transformer blocks, never the embedding or the output head. `"all-linear"` as in PEFT.
+            transformer blocks, never the embedding or the output head; of a model for text and pictures or speech,
+            of its language model. `"all-linear"` as in PEFT.
         exclude_modules (`list[str]` or `str`, *optional*):
             Names (or one regular expression) of layers to leave alone.
         layers_to_transform (`list[int]` or `int`, *optional*):
@@ -91,9 +94,10 @@ class SponConfig(PeftConfig):
         init_weights (`bool`, *optional*, defaults to `True`):
             Start anchors and gains at zero, so that training begins at plain sparsity; `False`: random, for tests.
         prefill (`str` or `float`, *optional*, defaults to `"sparse"`):
-            `"sparse"`: every token is sparse. `"dense"`: only inputs of one token (decoding) are. A number in
-            [0, 1]: the share of leading tokens of a longer input that stay dense (TEAL's evaluations use 0.5).
-            Dense tokens get no anchor. Training always makes every token sparse.
+            `"sparse"`: every token is sparse. `"dense"`: the prompt is dense, decoded tokens are sparse. A number in
+            [0, 1]: the share of leading tokens of the prompt that stay dense (TEAL's evaluations use 0.5). In
+            `generate` position decides; elsewhere an input of more than one token is a prompt. Dense tokens get no
+            anchor. Training always makes every token sparse.
         modules_to_save (`list[str]`, *optional*):
             Other modules to train and save in full, such as a classification head.
         calibrated (`bool`, *optional*, defaults to `False`):
@@ -101,8 +105,9 @@ class SponConfig(PeftConfig):
             entries by the criterion's own score.
         peft_spon_version (`str`, *optional*):
             Version of peft_spon that wrote the adapter; filled in by itself.
-        checksums (`dict[str, str]`, *optional*):
-            Of the saved fields and tensors, to notice damaged or mixed up files; filled in by itself.
+        checksums (`dict[str, Any]`, *optional*):
+            Of the saved fields and tensors, and of the LoRAs beneath, to notice damaged or mixed files; filled in by
+            itself.
 
     Raises:
         `ValueError`: for an unknown, contradictory or out-of-range setting.
@@ -157,8 +162,8 @@ class SponConfig(PeftConfig):
     prefill: str | float = field(
         default="sparse",
         metadata={
-            "help": "'sparse': every token is sparse; 'dense': only single-token inputs are; a number in [0, 1]: the "
-            "share of leading tokens that stay dense."
+            "help": "'sparse': every token is sparse; 'dense': only decoded ones are; a number in [0, 1]: the share "
+            "of the prompt's leading tokens that stay dense."
         },
     )
     modules_to_save: list[str] | None = field(
@@ -170,7 +175,7 @@ class SponConfig(PeftConfig):
     peft_spon_version: str | None = field(
         default=None, metadata={"help": "Version of peft_spon that wrote the adapter; filled in by itself."}
     )
-    checksums: dict[str, str] | None = field(
+    checksums: dict[str, Any] | None = field(
         default=None, metadata={"help": "Of the saved fields and tensors; filled in by itself."}
     )
 
@@ -184,11 +189,14 @@ class SponConfig(PeftConfig):
 
         if isinstance(self.modules_to_save, (set, tuple)):
             self.modules_to_save = sorted(self.modules_to_save)  # in JSON, a set would have any order
+        self._is_saved = self.peft_spon_version is not None  # read from a file
         if self.peft_spon_version is None:
             self.peft_spon_version = __version__
         check_version(self.peft_spon_version, "peft_spon_version")
         self._check_fields()
         check_sparsity(self.sparsity, self.sparsity_pattern)
+        for what, (pattern, _) in self._regular_expressions().items():
+            check_pattern(what, pattern)
         self.make_criterion()
         if self.anchor_space not in ANCHOR_SPACES:
             raise ValueError(f"anchor_space is {self.anchor_space!r}; use one of {', '.join(ANCHOR_SPACES)}.")
@@ -206,8 +214,14 @@ class SponConfig(PeftConfig):
                 )
         if not isinstance(self.calibrated, bool):
             raise ValueError(f"calibrated is {self.calibrated!r}; it is True or False and written by calibrate().")
-        # Of the tensors that are about to be saved with this configuration, see SponModel.
-        self._tensors_checksum: str | None = None
+        # Of the tensors that are about to be saved with this configuration, and the modules_to_save among them; see
+        # SponModel.
+        self._tensors_checksums: dict[str, str | None] = {}
+        self._module_names: set[str] = set()
+        # Of a load, see load_adapter: whether modules_to_save must have the shapes that they have in the model.
+        self._sizes_are_fixed = False
+        # Of the LoRAs beneath, by name.
+        self._lora_checksums: dict[str, dict[str, str]] | None = None
         # Of an adapter that was just put into a model and holds no work yet, see SponModel.
         self._is_new = False
 
@@ -227,16 +241,13 @@ class SponConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's, with checksums and a model card, written aside and moved into place."""
         self.peft_spon_version = __version__
-        checksums = {"fields": self._fields_checksum()}
-        if self._tensors_checksum is not None:
-            checksums["tensors"] = self._tensors_checksum
-        self.checksums = checksums
-        os.makedirs(save_directory, exist_ok=True)
-        for left_over in Path(save_directory).glob(".spon-saving-*"):
-            shutil.rmtree(left_over)
-        with tempfile.TemporaryDirectory(prefix=".spon-saving-", dir=save_directory) as aside:
-            super().save_pretrained(aside, **kwargs)
-            os.replace(os.path.join(aside, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
+        tensors = {**self._tensors_checksums, "embeddings": self._embeddings_checksum(Path(save_directory))}
+        tensors["loras"] = self._lora_checksums
+        known = {name: value for name, value in tensors.items() if value is not None}
+        self.checksums = {"fields": self._fields_checksum(), **known}
+        with written_aside(save_directory) as aside:
+            super().save_pretrained(str(aside), **kwargs)
+            os.replace(aside / CONFIG_NAME, Path(save_directory, CONFIG_NAME))
         self.checksums = None
         adapter_card(save_directory, self, kwargs.get("auto_mapping_dict"))
 
@@ -252,7 +263,51 @@ class SponConfig(PeftConfig):
                 f"missing (it now says {values}). To change a setting, set it on a loaded SponConfig and pass that: "
                 "PeftModel.from_pretrained(base, folder, config=config)."
             )
-        self.checksums = {"tensors": checksums["tensors"]} if "tensors" in checksums else None
+        loras = checksums.get("loras", {})
+        if not isinstance(loras, dict) or not all(isinstance(entry, dict) for entry in loras.values()):
+            raise ValueError(f"checksums has loras={loras!r}; {CONFIG_NAME} is damaged or was edited. Save it again.")
+        self.checksums = {name: checksums[name] for name in (*TENSORS_CHECKSUMS, "loras") if name in checksums} or None
+
+    def _embeddings_checksum(self, folder: Path) -> str | None:
+        """Of what is in the weights file that PEFT has just written and is neither SPON's nor in `modules_to_save`.
+
+        These are embeddings: PEFT adds them where the vocabulary was resized.
+        """
+        try:
+            with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+                keys = {key.removeprefix("base_model.model."): key for key in file.keys()}
+                own = {name for name in keys if ".spon_" in name}
+                others = keys.keys() - own - self._module_names
+                if not others:
+                    return None
+                own_checksum, checksum = (
+                    tensors_checksum({name: file.get_tensor(keys[name]) for name in names}) for names in (own, others)
+                )
+        except (OSError, SafetensorError):  # transformers' save_pretrained writes the configuration first
+            return None
+        return checksum if own_checksum == self._tensors_checksums.get("tensors") else None
+
+    def _regular_expressions(self) -> dict[str, tuple[str, str]]:
+        """Field to what it holds, and to the expression that PEFT makes of that for the names of layers."""
+        found = {}
+        for name in ("target_modules", "exclude_modules", "anchor_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value != "all-linear":
+                found[name] = (value, value)
+        for key in self.sparsity_pattern:
+            found[f"sparsity_pattern[{key[:40]!r}]"] = (key, rf"(.*\.)?({key})$")
+        blocks = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
+        for kind, patterns, (before, behind) in (
+            ("layers_pattern", blocks, (r"(?:^|.*?\.)", r"\.(?P<idx>\d+)\..*")),
+            ("modules_to_save", self.modules_to_save or [], (r"(^|.*\.)", r"($|\..*)")),
+        ):
+            found |= {f"{kind}[{i}]": (value, f"{before}{value}{behind}") for i, value in enumerate(patterns)}
+        return found
+
+    def check_speed(self, names: list[str]) -> None:
+        """Raises `ValueError` for a regular expression that would take very long to match these names of modules."""
+        for what, (pattern, whole) in self._regular_expressions().items():
+            check_speed(what, pattern, whole, names)
 
     def _fields_checksum(self) -> str:
         return fields_checksum({name: getattr(self, name) for name in COMPUTING_FIELDS})
@@ -296,6 +351,17 @@ class SponConfig(PeftConfig):
             except SafetensorError as error:
                 raise ValueError(f"{weights} is damaged or incomplete ({error}); save the adapter again.") from None
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """As PEFT's. Raises `ValueError` naming the file for what is no JSON object."""
+        try:
+            found = super().from_json_file(path_json_file, **kwargs)
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, TypeError) as error:
+            raise ValueError(f"{path_json_file} is damaged ({error}); save or download the adapter again.") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{path_json_file} holds no settings but {found!r:.80}; save or download it again.")
+        return found
 
     def make_criterion(self) -> Criterion:
         """The criterion object that `criterion` and `criterion_kwargs` describe.
@@ -366,10 +432,7 @@ def check_sparsity(sparsity: float, pattern: dict[str, float]) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
             raise ValueError(f"{name} is {value!r}; use a number in [0, 1), for example 0.5 to zero half the inputs.")
     for key in pattern:
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise ValueError(f"sparsity_pattern[{key!r}] is not a regular expression: {error}.") from None
+        check_pattern(f"sparsity_pattern[{str(key)[:40]!r}]", key)
 
 
 def check_prefill(prefill: str | float) -> None:

@@ -14,8 +14,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import SponConfig
+from .offload import StaysLoaded, execution_device
 from .sparse_linear import (
     LayerSettings,
+    Prompt,
     add_from,
     dense_before,
     first_sparse_token,
@@ -29,7 +31,7 @@ from .weights import column_norms, has_plain_weight, linear_sizes, through_weigh
 QUANTILE_POINTS = 257
 
 
-class Fp32BufferDict(BufferDict):
+class Fp32BufferDict(StaysLoaded, BufferDict):
     """Persistent buffers keyed by adapter name that follow the device of the module but never leave fp32."""
 
     def __init__(self):
@@ -55,9 +57,11 @@ class Place:
         self.parent, self.name = parent, name
 
     def taken_by(self, layer: nn.Module) -> nn.Module | None:
-        """The tuner layer that is there instead of the SPON layer, or None."""
+        """The tuner layer of another kind that is there instead of the SPON layer, or None."""
         there = layer if self.parent is None else self.parent._modules.get(self.name, layer)
-        return there if there is not layer and isinstance(there, BaseTunerLayer) else None
+        # A SPON layer is there where this one is a replica of it (nn.DataParallel).
+        is_other = there is not layer and isinstance(there, BaseTunerLayer) and not isinstance(there, SponLayer)
+        return there if is_other else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Place":
         return Place(memo.get(id(self.parent)), self.name)
@@ -66,7 +70,7 @@ class Place:
         return Place, ()
 
 
-class Fp32ParameterDict(nn.ParameterDict):
+class Fp32ParameterDict(StaysLoaded, nn.ParameterDict):
     """Parameters keyed by adapter name that follow the device of the module but never leave fp32."""
 
     def _apply(self, fn: Callable, recurse: bool = True):
@@ -119,6 +123,7 @@ class SponLayer(BaseTunerLayer):
         self._disable_adapters = False
         self._anchors_enabled = True
         self._every_token = False
+        self.prompt: Prompt | None = None  # inside `generate`, see prefill.py
         self._thresholds_seen: set[str] = set()  # adapters whose thresholds are known to be there
         self.adapters_run: set[str] = set()  # those that a forward has used
         self.trainable_choice: str | None = None  # see lora.set_trainable
@@ -175,7 +180,9 @@ class SponLayer(BaseTunerLayer):
         if device is None:
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         meta = torch.device("meta")
-        if device is None or device == meta:
+        if device == meta:
+            device = execution_device(self.get_base_layer())
+        if device is None:
             return
         for name in self.adapter_layer_names:
             held = getattr(self, name)
@@ -198,7 +205,7 @@ class SponLayer(BaseTunerLayer):
         settings = self.spon_settings[adapter_name]
         threshold = self.spon_threshold[adapter_name] if settings.uses_threshold else None
         unseen = threshold is not None and adapter_name not in self._thresholds_seen
-        if unseen and not torch.compiler.is_compiling():
+        if unseen and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             if threshold.isnan():
                 raise ValueError(
                     f"Adapter {adapter_name!r} is said to be calibrated but has no thresholds: its SponConfig is that "
@@ -232,7 +239,7 @@ class SponLayer(BaseTunerLayer):
         """Position on the token axis of x (..., tokens, in) where sparsity begins, by the adapter's `prefill`."""
         if self._every_token or self.training:
             return 0
-        return first_sparse_token(x, self.spon_settings[adapter_name].prefill)
+        return first_sparse_token(x, self.spon_settings[adapter_name].prefill, self.prompt)
 
     def adapt_input(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         """(1 + gain) * S(x) + anchor for input-side anchors, shape (..., in).
@@ -355,11 +362,11 @@ class SponLinear(nn.Module, SponLayer):
         first = self.first_sparse_token(x, merged.first)
         sparse = self.sparsify(x, merged.first)
         if merged.scale is not None:
-            sparse = sparse * merged.scale.to(sparse.dtype)
+            sparse = sparse * merged.scale.to(sparse)  # device, too: the model may have been moved, or be a replica
         if merged.inner is not None:
-            sparse = sparse + merged.inner.to(sparse.dtype)
+            sparse = sparse + merged.inner.to(sparse)
         y = self.base_layer(dense_before(first, x, sparse), *args, **kwargs)
-        return y if merged.shift is None or merged.in_bias else add_from(first, y, merged.shift)
+        return y if merged.shift is None or merged.in_bias else add_from(first, y, merged.shift.to(y))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """b' = b + W anchor, in fp32. S stays active, gains stay a scale of the input: W is not touched.
@@ -385,7 +392,10 @@ class SponLinear(nn.Module, SponLayer):
             raise
         base = self.base_layer
         in_bias = (
-            merged.shift is not None and has_plain_weight(base) and self.spon_settings[names[0]].prefill == "sparse"
+            merged.shift is not None
+            and has_plain_weight(base)
+            and execution_device(base) is None  # a hook brings back the bias that it knows
+            and self.spon_settings[names[0]].prefill == "sparse"
         )
         if in_bias:
             bias = base.bias

@@ -10,15 +10,15 @@ the additional tensors and has the dense base model.
 
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -28,8 +28,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ._version import __version__
 from .cards import keep_card_on_hub, merged_card, replaceable_card
-from .checksums import fields_checksum, fingerprint, tensors_checksum
+from .checksums import fields_checksum, fingerprint, in_threads, is_same_weight, tensors_checksum, weight_hashes
 from .config import check_prefill, check_sparsity, check_version, make_criterion
+from .files import move_into_place, written_aside
+from .prefill import follow_prompts, layers_with_prefill
 from .sparse_linear import STATE, LayerSettings, SparseMixin, make_sparse
 from .weights import has_plain_weight
 
@@ -46,9 +48,12 @@ class SponMergedConfig(QuantizationConfigMixin):
 
     Args:
         layers (`dict[str, dict]`): per sparse layer what S is, and which buffers are stored.
-        weights (`dict[str, str]`): fingerprints of the base's weights, to notice files of another model.
+        weights (`dict[str, str]`): what peft_spon 0.1 and 0.2 know of the base's weights; else empty.
         checksum (`str`): of `layers` and `weights`.
         peft_spon_version (`str`): version that wrote the checkpoint.
+        hashes (`dict[str, dict]`, *optional*): of every parameter and of what SPON adds, see `weight_hashes`; None for
+            what the saving process could not read (sharded, without a gathered state dict).
+        model_class (`str`, *optional*): of the saved model: where it is loaded as that, no parameter may be new.
 
     Raises:
         `ValueError`: a field is missing, has a wrong value, or comes from a newer version.
@@ -60,6 +65,8 @@ class SponMergedConfig(QuantizationConfigMixin):
         weights: dict[str, str] | None = None,
         checksum: str | None = None,
         peft_spon_version: str | None = None,
+        hashes: dict[str, dict[str, Any] | None] | None = None,
+        model_class: str | None = None,
         **kwargs: Any,
     ):
         kwargs.pop("quant_method", None)
@@ -72,6 +79,12 @@ class SponMergedConfig(QuantizationConfigMixin):
         check_version(peft_spon_version, "config.json: quantization_config.peft_spon_version")
         if fields_checksum({"layers": layers, "weights": weights}) != checksum:
             raise ValueError(f"config.json: quantization_config is not as it was saved; {REPAIR}")
+        for name, entry in check_hashes(hashes, weights).items():
+            if entry is not None and not is_hash_entry(entry):
+                raise ValueError(f"config.json: quantization_config.hashes of '{name}' is {entry!r}; {REPAIR}")
+        if not isinstance(model_class, str if hashes else (str, type(None))):
+            raise ValueError(f"config.json: quantization_config.model_class is {model_class!r}; {REPAIR}")
+        self.hashes, self.model_class = hashes, model_class
         unknown = set(kwargs)
         for entry in layers.values():
             unknown |= set(entry) - ENTRY
@@ -85,26 +98,65 @@ class SponMergedConfig(QuantizationConfigMixin):
 REPAIR = "the file is damaged or was edited; save the merged model again."
 
 
-def describe(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None) -> SponMergedConfig:
+def check_hashes(hashes: Any, weights: dict[str, str]) -> dict[str, Any]:
+    """The hashes, or none for a checkpoint of peft_spon 0.1 or 0.2. Raises `ValueError` if they are no dictionary."""
+    if hashes is None and weights:
+        return {}
+    if not isinstance(hashes, dict):
+        raise ValueError(f"config.json: quantization_config.hashes is {hashes!r}; {REPAIR}")
+    return hashes
+
+
+def is_hash_entry(entry: Any) -> bool:
+    """True for what `weight_hashes` gives."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "hashes"}:
+        return False
+    is_dtype = isinstance(entry["dtype"], str) and isinstance(getattr(torch, entry["dtype"], None), torch.dtype)
+    return is_dtype and isinstance(entry["shape"], list) and isinstance(entry["hashes"], dict)
+
+
+def describe(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None, hashed: bool = True
+) -> SponMergedConfig:
     """The `quantization_config` of a merged model as it is now.
 
     Args:
         model (`torch.nn.Module`): a model with `SparseMixin` layers.
         state_dict (`dict`, *optional*): its tensors, where they are gathered from several processes.
+        hashed (`bool`, *optional*, defaults to `True`): `False`: without the hashes, which cost 2 s per GB and thread;
+            such a configuration is not for files.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseMixin)}
     entries = {name: layer_entry(layer) for name, layer in layers.items()}
-    names = [name for name, _ in model.named_parameters()]
-    held = dict(model.named_parameters()) if state_dict is None else state_dict
-    readable = {name: held[name] for name in names if name in held and is_readable(held[name])}
-    weights = {name: fingerprint(tensor) for name, tensor in readable.items()}
-    checksum = fields_checksum({"layers": entries, "weights": weights})
-    return SponMergedConfig(entries, weights, checksum, __version__)
+    hashes = dict(in_threads(hash_named, hashed_tensors(model, state_dict))) if hashed else {}
+    checksum = fields_checksum({"layers": entries, "weights": {}})
+    return SponMergedConfig(entries, {}, checksum, __version__, hashes, type(model).__name__)
 
 
-def is_readable(tensor: torch.Tensor) -> bool:
-    """False for weights that are sharded, offloaded or quantised."""
-    return not isinstance(tensor, DTensor) and not tensor.is_meta and tensor.is_floating_point() and tensor.numel() > 0
+def hash_named(named: tuple[str, torch.Tensor | None]) -> tuple[str, dict[str, Any] | None]:
+    name, tensor = named
+    return name, None if tensor is None else weight_hashes(tensor)
+
+
+def hashed_names(model: nn.Module) -> list[str]:
+    """Names of all parameters, of tied ones all names, and of what SPON adds."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return names + [name for name, _ in model.named_buffers() if name.rpartition(".")[2] in STATE]
+
+
+def hashed_tensors(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """The tensors of these names, offloaded ones read one after the other; None for those that cannot be read."""
+    for name in hashed_names(model):
+        module_name, _, own_name = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        tensor = getattr(module, own_name) if state_dict is None else state_dict.get(name)
+        if state_dict is None and tensor.is_meta:
+            with align_module_device(module):
+                tensor = getattr(module, own_name)
+        is_whole = tensor is not None and not isinstance(tensor, DTensor) and not tensor.is_meta
+        yield name, tensor if is_whole else None
 
 
 def layer_entry(layer: SparseMixin) -> dict[str, Any]:
@@ -136,8 +188,10 @@ def prepare_saving(model: nn.Module) -> None:
         # On the instance: the model stays of its plain class.
         model.save_pretrained = partial(save_merged, model)
         keep_card_on_hub(model, partial(merged_card_for_hub, model))
+        if layers_with_prefill(model):
+            follow_prompts(model)
         if quantized_layer(model) is None:
-            model.config.quantization_config = describe(model)
+            model.config.quantization_config = describe(model, hashed=False)
 
 
 def merged_card_for_hub(model: PreTrainedModel, folder: str, name: str) -> None:
@@ -184,6 +238,11 @@ def save_merged(
             "without them in silence. Keep the adapter (save_pretrained before merging) and merge after loading, or "
             "merge into the base model in bf16."
         )
+    if any("_orig_mod" in module._modules for module in model.modules()):
+        raise ValueError(
+            "A part of the model is wrapped by torch.compile, which changes the names of what would be saved, so that "
+            "it would not load; compile in place instead: part.compile()."
+        )
     if not kwargs.get("safe_serialization", True):
         raise ValueError("safe_serialization=False writes pickles; merged SPON models are saved as safetensors only.")
     folder = Path(save_directory)
@@ -193,39 +252,28 @@ def save_merged(
             "merged model; choose another folder."
         )
     plain = type(model).save_pretrained
-    model.config.quantization_config = describe(model, kwargs.get("state_dict"))
     if not is_main_process:
         return plain(model, folder, is_main_process=False, **kwargs)
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(".spon-saving-*"):
-        shutil.rmtree(left_over)
+    model.config.quantization_config = describe(model, kwargs.get("state_dict"))
     hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
-    with tempfile.TemporaryDirectory(prefix=".spon-saving-", dir=folder) as aside:
+    with written_aside(folder) as aside:
         plain(model, aside, **kwargs)
         merged_card(aside, model.config, folder.name)
-        move_into_place(Path(aside), folder, kwargs.get("variant"))
+        if replaceable_card(folder) is None:  # somebody's own
+            (aside / "README.md").unlink()
+        move_into_place(aside, folder, "config.json", is_stale=weights_of(kwargs.get("variant")).fullmatch)
+    model.config.quantization_config = describe(model, hashed=False)  # of what may be trained from here on
     if push_to_hub:
         token = {"token": kwargs["token"]} if "token" in kwargs else {}
         model.push_to_hub(hub.pop("repo_id", folder.name), **hub, **token)
 
 
-def move_into_place(aside: Path, folder: Path, variant: str | None) -> None:
-    """Move all files of `aside` into `folder`: the old config goes first, the new one comes last."""
-    (folder / "config.json").unlink(missing_ok=True)
-    new = [path.relative_to(aside) for path in aside.rglob("*") if path.is_file()]
+def weights_of(variant: str | None) -> re.Pattern:
+    """What the files of a model's weights can be called."""
     stem = "model" if variant is None else rf"model\.{re.escape(variant)}"
-    stale = re.compile(
+    return re.compile(
         rf"{stem}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index(\..+)?\.json)?|model\.safetensors\.index.*json"
     )
-    for path in folder.iterdir():
-        if stale.fullmatch(path.name) and Path(path.name) not in new:
-            path.unlink()
-    rank = {".safetensors": 0}
-    for name in sorted(new, key=lambda name: (name.name == "config.json", rank.get(name.suffix, 1), str(name))):
-        if str(name) == "README.md" and replaceable_card(folder) is None:
-            continue  # somebody's own card
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(aside / name, folder / name)
 
 
 # ---- loading -----------------------------------------------------------------------------------------------------
@@ -239,7 +287,12 @@ class SponQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        for file in checkpoint_files or []:  # transformers 4 does not say
+            if str(file).endswith(".safetensors"):
+                check_header(file)
         for name, entry in self.quantization_config.layers.items():
             layer = find_layer(model, name)
             if layer is None:
@@ -256,6 +309,7 @@ class SponQuantizer(HfQuantizer):
         config = self.quantization_config
         where = model.name_or_path or "the folder"
         layers = {name: layer for name in config.layers if (layer := find_layer(model, name)) is not None}
+        other = find_other_fingerprint(model, config) if config.weights else find_other_weight(model, config)
         was_cast = False
         for name, layer in layers.items():
             for part in STATE:
@@ -267,7 +321,7 @@ class SponQuantizer(HfQuantizer):
             threshold = config.layers[name]["threshold"]
             if was_cast and threshold is not None:
                 layer.spon_threshold.fill_(threshold)
-        problem = find_problem(model, config, layers, exact=not was_cast)
+        problem = find_problem(config, layers, exact=not was_cast) or other
         if problem:
             raise ValueError(f"{where}: {problem}")
         # From here on it is an ordinary model that can be cast and trained.
@@ -343,10 +397,17 @@ def read_entry(name: str, entry: dict[str, Any]) -> tuple[LayerSettings, list[st
     return settings, entry["state"]
 
 
-def find_problem(
-    model: PreTrainedModel, config: SponMergedConfig, layers: dict[str, SparseMixin], exact: bool
-) -> str | None:
-    """What is wrong with a model that was just loaded: values not finite, or not those that were saved. Or None."""
+def check_header(path: str) -> None:
+    """Raises `ValueError` for a file that is no safetensors file, or is cut off."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error}); save or download the model again.") from None
+
+
+def find_problem(config: SponMergedConfig, layers: dict[str, SparseMixin], exact: bool) -> str | None:
+    """What is wrong with layers that were just loaded: values not finite, or not those that were saved. Or None."""
     for name, layer in layers.items():
         own = own_tensors(layer)
         is_finite = all(not value.is_meta and torch.isfinite(value).all() for value in own.values())
@@ -355,8 +416,56 @@ def find_problem(
                 f"layer '{name}': {', '.join(own)} in the safetensors files are not those that were saved with this "
                 "config.json; one is missing, damaged, or of another model. Save the merged model again."
             )
+    return None
+
+
+def find_other_weight(model: PreTrainedModel, config: SponMergedConfig) -> str | None:
+    """Which parameter of a model that was just loaded is not the one that was saved, or None.
+
+    Every bit counts, whatever the dtype in which the model is loaded. A new head may be there, and a head be missing,
+    where the model is loaded as another class than it was saved; never a parameter of the repeated blocks.
+    """
+    saved = {name: entry_across_heads(model, config.hashes, name) for name in hashed_names(model)}
+    blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    is_same_class = type(model).__name__ == config.model_class
+    new = [name for name, found in saved.items() if found is None and (is_same_class or name.startswith(blocks))]
+    gone = [name for name in config.hashes if is_same_class and name not in saved]
+    for names, what in ((new, "is in the model but was not saved"), (gone, "was saved but is not in the model")):
+        if names:
+            return (
+                f"config.json: weight '{names[0]}' {what} ({len(names)} such): the settings of the model were edited, "
+                "or are of another one, or this version of transformers builds it otherwise than the one that saved "
+                "it. Save the merged model again."
+            )
+
+    def is_other(named: tuple[str, torch.Tensor | None]) -> bool:
+        name, tensor = named
+        entry = None if saved[name] is None else config.hashes[saved[name]]
+        # Of another shape it is new: transformers stops at that unless ignore_mismatched_sizes asks for it.
+        comparable = entry is not None and tensor is not None and entry["shape"] == list(tensor.shape)
+        return comparable and not is_same_weight(tensor, entry)
+
+    others = in_threads(is_other, hashed_tensors(model))
+    name = next((name for name, other in zip(saved, others, strict=True) if other), None)
+    return None if name is None else not_as_saved(name)
+
+
+def entry_across_heads(model: PreTrainedModel, entries: Mapping[str, Any], name: str) -> str | None:
+    """The name under which an entry is, in a model with or without a head; None if there is none."""
+    return next((candidate for candidate in names_across_heads(model, name) if candidate in entries), None)
+
+
+def not_as_saved(name: str) -> str:
+    return (
+        f"weight '{name}' is not the one that was saved: it is missing in the safetensors files (see the loading "
+        "report above), damaged, or of another model. Save or download the merged model again."
+    )
+
+
+def find_other_fingerprint(model: PreTrainedModel, config: SponMergedConfig) -> str | None:
+    """As `find_other_weight`, for checkpoints of peft_spon 0.1 and 0.2."""
     for name, parameter in model.named_parameters():
-        saved = next((config.weights[n] for n in names_across_heads(model, name) if n in config.weights), None)
+        saved = config.weights.get(entry_across_heads(model, config.weights, name))
         is_whole = not isinstance(parameter, DTensor) and not parameter.is_meta
         if saved is None or not is_whole:
             continue
@@ -369,8 +478,5 @@ def find_problem(
         resized = shape != "x".join(str(size) for size in parameter.shape)
         is_saved = is_float and fingerprint(parameter, saved_dtype) == saved
         if not is_saved and not is_cast_down and not resized:
-            return (
-                f"weight '{name}' is not the one that was saved: it is missing in the safetensors files (see the "
-                "loading report above), damaged, or of another model."
-            )
+            return not_as_saved(name)
     return None

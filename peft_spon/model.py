@@ -3,39 +3,51 @@
 """SPON as a PEFT tuner: finds the linear layers, wraps them, checks what is loaded."""
 
 import copy
-import re
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, TaskType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, set_adapter
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
-from peft.utils.other import get_pattern_key
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .cards import keep_card_on_hub
-from .config import SponConfig, adapter_card_for_hub, check_sparsity
-from .layer import Place, SponLayer, SponLinear, outer_modules, spon_layers
-from .loading import find_other_settings, find_problem, own_checksum, preview, remove_adapter
+from .config import SponConfig, check_sparsity
+from .layer import Place, SponLayer, SponLinear, outer_modules, plain_name, spon_layers
+from .loading import checked, module_keys, modules_checksum, own_checksum, undo_load
 from .lora import (
     active_lora,
     apply_trainable,
+    check_biases,
     check_finite,
     delete_lora,
-    load_loras_along,
+    lora_checksums,
     lora_layers,
     lora_names,
     lora_taken_over,
+    model_inside,
     set_auxiliary,
     trainable_choice,
 )
 from .merged import prepare_saving
 from .modes import keep_switched_off
+from .peft_model import save_and_load_checked
+from .prefill import follow_prompts
 from .sparse_linear import fold_scale
-from .weights import has_plain_weight, is_linear, linear_sizes
+from .targets import (
+    all_linear,
+    check_matches,
+    check_names,
+    check_patterns,
+    default_targets,
+    layer_sparsity,
+    matches,
+)
+from .weights import has_plain_weight, linear_sizes
 
 
 class SponModel(BaseTuner):
@@ -69,16 +81,37 @@ class SponModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # targets are found by walking the model, see _prepare_model
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
-        with lora_taken_over(model, adapter_name, config) as (inner, taken):
+        given, model = model, compile_in_place(model)
+        is_new_model = isinstance(peft_config, dict)  # of get_peft_model; injecting adds to what is in the model
+        config = peft_config[adapter_name] if is_new_model else peft_config
+        trained = {plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+        with (
+            earlier_spon_taken_out(model, None if is_new_model else adapter_name),
+            lora_taken_over(model, adapter_name, config) as (inner, taken),
+        ):
             super().__init__(inner, peft_config, adapter_name, *args, **kwargs)
-        self.taken_over = taken
-        if inner is not model:  # PEFT reads the name off the model it was given
+        self.taken_over, self.trained_before = taken, trained
+        save_and_load_checked(self)
+        if inner is not given:  # PEFT reads the name off the model it was given
             self.peft_config[adapter_name].base_model_name_or_path = vars(inner).get("name_or_path") or None
+
+    def give_back(self) -> None:
+        """Once all SPON layers are out again: the model as it was, its LoRA and what of it is trained included."""
+        if self.taken_over:
+            self.taken_over.give_back()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self.trained_before)
+
+    def _check_new_adapter_config(self, config: SponConfig) -> None:
+        config.check_speed([name for name, _ in self.model.named_modules()])  # before PEFT matches anything
+        super()._check_new_adapter_config(config)
 
     def _prepare_adapter_config(self, peft_config: SponConfig, model_config: dict) -> SponConfig:
         # A copy: calibration and the dial write into it, and the user's object may serve several adapters. That of an
         # adapter in this model is how TRL's preference trainers add a copy of it as their reference.
+        if peft_config.modules_to_save or peft_config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
+            # PEFT adds heads to the list of the user's object, some after this: one list for both, each name once.
+            peft_config.modules_to_save = list(dict.fromkeys(peft_config.modules_to_save or []))
         own = copy.copy(peft_config)
         own._is_new = True
         *others, name = [name for name, config in self.peft_config.items() if config is peft_config]
@@ -91,18 +124,21 @@ class SponModel(BaseTuner):
     def _prepare_model(self, peft_config: SponConfig, model: nn.Module) -> None:
         """Resolve the default targets and check everything that can be wrong before a layer is touched."""
         if peft_config.target_modules is None:
-            targets = default_targets(peft_config, model)
-            peft_config.target_modules = targets
-        if peft_config.target_modules == "all-linear":
-            return
+            peft_config.target_modules = default_targets(peft_config, model)
+        elif peft_config.target_modules == "all-linear":
+            peft_config.target_modules = all_linear(peft_config, model)
         names = [name for name, _ in outer_modules(model) if check_target_module_exists(peft_config, name)]
         for name in names:
             try:
                 linear_sizes(model.get_submodule(name))
             except TypeError as error:
                 raise TypeError(f"Target '{name}': {error}") from None
+        if not peft_config._is_saved:  # what a saved adapter names has been loaded before
+            check_names(peft_config, model, names)
         if names:
             check_patterns(peft_config, names)
+        if peft_config.prefill != "sparse":
+            follow_prompts(model)
 
     def _create_and_replace(
         self,
@@ -187,8 +223,10 @@ class SponModel(BaseTuner):
             safe_merge (`bool`, *optional*, defaults to `False`): check that everything is finite first.
 
         Raises:
-            `ValueError`: with `safe_merge`, something is NaN or infinite; nothing is merged then.
+            `ValueError`: with `safe_merge`, something is NaN or infinite; a LoRA with `lora_bias` on layers without
+                bias. Nothing is merged then.
         """
+        check_biases(lora_layers(self.model), adapter_names)
         layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         before = {layer: list(layer.merged_adapters) for layer in layers}
         try:
@@ -221,8 +259,10 @@ class SponModel(BaseTuner):
                 their dtype. Saves a product per input at run time; the weights are then no longer the base's.
 
         Raises:
-            `ValueError`: with `safe_merge`, something is NaN or infinite; with `fold_gain`, quantised weights.
+            `ValueError`: with `safe_merge`, something is NaN or infinite; with `fold_gain`, quantised weights; a LoRA
+                with `lora_bias` on layers without bias.
         """
+        check_biases(lora_layers(self.model), adapter_names)
         layers = spon_layers(self.model)
         for name, layer in layers.items():
             if fold_gain and layer.spon_gain and not has_plain_weight(layer.get_base_layer()):
@@ -271,7 +311,12 @@ class SponModel(BaseTuner):
         choice = trainable_choice(self.model)
         if choice is not None and active_lora(self.model):
             apply_trainable(self.model, choice)
-        keep_switched_off(self.model)
+        keep_switched_off(self.model, enabled=True)
+
+    def disable_adapter_layers(self) -> None:
+        """As PEFT's; `dense_mode` blocks that are open leave the layers off when they end."""
+        super().disable_adapter_layers()
+        keep_switched_off(self.model, enabled=False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete a SPON adapter, or a LoRA beneath; with the last LoRA its layers go, too.
@@ -309,6 +354,11 @@ class SponModel(BaseTuner):
         set_sparsity(self.model, sparsity, pattern, adapter_name)
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # In files as in a model of which nothing is compiled.
+        return super()._remove_adapter_name_from_key(key.replace("_orig_mod.", ""), adapter_name)
+
+    @classmethod
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
@@ -320,32 +370,28 @@ class SponModel(BaseTuner):
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         named = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in found.items()}
         # The configuration, which PEFT saves next, says which tensors belong to it.
-        config._tensors_checksum = own_checksum(named)
-        keep_card_on_hub(model, adapter_card_for_hub)
-        load_loras_along(model)
+        config._tensors_checksums = {
+            "tensors": own_checksum(named),
+            "modules": modules_checksum(model, adapter_name, state_dict),
+        }
+        config._module_names = set(module_keys(model, adapter_name))
+        config._lora_checksums = lora_checksums(model, found)
         return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SponConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        state_dict = {key.replace("_orig_mod.", ""): value for key, value in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        problem = find_problem(model, adapter_name, remapped)
-        wanted = (config.checksums or {}).get("tensors")
+        checksums = config.checksums or {}
         config.checksums = None  # what is loaded may be changed and saved again
-        if problem is None and wanted is not None and own_checksum(state_dict) not in (wanted, None):
-            problem = (
-                f"{SAFETENSORS_WEIGHTS_NAME} and adapter_config.json do not belong together: the tensors are not "
-                "those that were saved with this configuration. Save or download the adapter again."
-            )
-        problem = problem or find_other_settings(model, adapter_name, remapped)
-        if problem:
-            has_run = any(adapter_name in layer.adapters_run for layer in spon_layers(model).values())
-            if config._is_new and not has_run:  # made for this load; another one keeps what it holds
-                remove_adapter(model, adapter_name)
-                if isinstance(model, PeftModel) and model.base_model.taken_over and not spon_layers(model):
-                    model.base_model.taken_over.give_back()
-            raise ValueError(problem)
+        try:
+            remapped = checked(model, adapter_name, state_dict, remapped, checksums, config._sizes_are_fixed)
+        except ValueError:
+            if config._is_new:
+                undo_load(model, adapter_name)
+            raise
         config._is_new = False
         return remapped
 
@@ -365,6 +411,82 @@ def check_can_be_reference(model: nn.Module, source: str, name: str) -> None:
 def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
     kwargs["adapter_names"] = adapter_names
     return args, kwargs
+
+
+def compile_in_place(model: nn.Module) -> nn.Module:
+    """The model without the wrappers of `torch.compile`, which change all names below them, also in files.
+
+    What they wrap stays compiled, as `module.compile()` does it.
+    """
+    for parent in list(model.modules()):
+        for child, module in list(parent.named_children()):
+            if "_orig_mod" in module._modules:
+                setattr(parent, child, compile_in_place(module))
+    if "_orig_mod" not in model._modules:
+        return model
+    inner = model._orig_mod
+    inner._compiled_call_impl = model.dynamo_ctx(inner._call_impl)
+    return inner
+
+
+@contextmanager
+def earlier_spon_taken_out(model: nn.Module, only: str | None) -> Iterator[None]:
+    """
+    Take SPON adapters out of a model on which `get_peft_model` is called again: their layers would go on acting.
+
+    Such a call is a notebook's cell that is run again, on the base model that it has changed before. If the body
+    raises, the layers are back. A `PeftModel` with SPON is left alone, see [`lora.lora_taken_over`].
+
+    Args:
+        model (`torch.nn.Module`): what the user hands to `get_peft_model`.
+        only (`str`, *optional*): take out the adapter of this name and leave the others; default: all.
+    """
+    inner = model_inside(model)
+    layers = list(spon_layers(inner).values())
+    configs: dict[str, PeftConfig] = getattr(inner, "peft_config", {})
+    held = {name for layer in layers for name in layer.spon_settings}
+    held |= {name for name, config in configs.items() if isinstance(config, SponConfig)}
+    gone = held if only is None else held & {only}
+    is_spon_model = isinstance(model, PeftModel) and isinstance(model.base_model, SponModel)
+    if is_spon_model or not layers or (only is not None and not gone):
+        yield
+        return
+    places, before, merged = [], dict(configs), [(layer, list(layer.merged_adapters)) for layer in layers]
+    for parent in list(inner.modules()):
+        for child, module in list(parent.named_children()):
+            if isinstance(module, SponLayer) and set(module.spon_settings) <= gone:
+                places.append((parent, child, module, module.base_layer))
+            elif isinstance(module, AuxiliaryTrainingWrapper) and module._adapters and module._adapters <= gone:
+                places.append((parent, child, module, module.original_module))
+    for layer in layers:
+        layer.unmerge()
+    for parent, child, _, plain in places:
+        setattr(parent, child, plain)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
+        for name in gone:
+            configs.pop(name, None)
+            for layer in spon_layers(inner).values():
+                layer.delete_adapter(name)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            yield
+    except BaseException:
+        for parent, child, module, _ in places:
+            setattr(parent, child, module)
+        for layer, names in merged:
+            if names:
+                layer.merge(adapter_names=names)
+        configs.clear()
+        configs.update(before)
+        raise
+    warnings.warn(
+        f"The model held SPON layers of an earlier call (adapters {sorted(gone)}); they were taken out, and what is "
+        "new is there alone. Save an adapter before you put another one on the same model, or use "
+        "model.add_adapter('name', config) to have several.",
+        stacklevel=3,
+    )
 
 
 def set_sparsity(
@@ -417,64 +539,3 @@ def adapter_config(model: nn.Module, adapter_name: str) -> SponConfig:
     config = model.peft_config[adapter_name]
     config._is_new = False
     return config
-
-
-def default_targets(config: SponConfig, model: nn.Module) -> set[str]:
-    """Every linear layer inside the lists of repeated blocks (`nn.ModuleList`), which no embedding or head is.
-
-    Returns:
-        `set[str]`: the layers' last names if these select the same layers in the whole model, else full names.
-
-    Raises:
-        `ValueError`: the model has no list of blocks with linear layers.
-    """
-    blocks = [name for name, module in outer_modules(model) if isinstance(module, nn.ModuleList)]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linears = [name for name, module in outer_modules(model) if is_linear(module) and module is not head]
-    inside = [name for name in linears if any(name.startswith(f"{block}.") for block in blocks)]
-    if not inside:
-        raise ValueError(
-            f"{type(model).__name__} has no list of transformer blocks with linear layers, so SPON cannot choose its "
-            f"targets; name them, for example SponConfig(target_modules={linears[:2] or ['fc1']})."
-        )
-    by_suffix = copy.copy(config)
-    by_suffix.target_modules = {name.rpartition(".")[2] for name in inside}
-    # Through PEFT's own matcher, so that layers_to_transform and exclude_modules hold for the default as well.
-    chosen = [name for name, _ in outer_modules(model) if check_target_module_exists(by_suffix, name)]
-    if set(chosen) <= set(inside):
-        return by_suffix.target_modules
-    return {name for name in chosen if name in inside}
-
-
-def matches(wanted: set[str] | str | None, name: str) -> bool:
-    """PEFT's rule for `target_modules`: a regular expression for the whole name, or a set of (ends of) names."""
-    if wanted is None:
-        return True
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return name in wanted or any(name.endswith(f".{end}") for end in wanted)
-
-
-def layer_sparsity(sparsity: float, pattern: dict[str, float], name: str) -> float:
-    """Sparsity of the layer `name`: its entry in the pattern, matched as LoRA's `rank_pattern`, or the common one."""
-    return pattern.get(get_pattern_key(list(pattern), name), sparsity)
-
-
-def check_patterns(config: SponConfig, names: list[str]) -> None:
-    """Raises `ValueError` if `sparsity_pattern` or `anchor_modules` name something that no target matches."""
-    check_matches("sparsity_pattern", config.sparsity_pattern, names)
-    wanted = config.anchor_modules
-    if wanted is None or len(wanted) == 0:
-        return
-    for key in [wanted] if isinstance(wanted, str) else sorted(wanted):
-        if not any(matches(key if isinstance(wanted, str) else {key}, name) for name in names):
-            raise ValueError(
-                f"anchor_modules has {key!r}, which none of the targeted layers matches; they are {preview(names)}."
-            )
-
-
-def check_matches(what: str, pattern: dict[str, float], names: list[str]) -> None:
-    """Raises `ValueError` for a pattern key that matches no layer."""
-    for key in pattern:
-        if not any(get_pattern_key([key], name) == key for name in names):
-            raise ValueError(f"{what} has {key!r}, which no targeted layer matches; they are {preview(names)}.")

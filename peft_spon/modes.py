@@ -1,7 +1,13 @@
 # Copyright 2026 The peft_spon authors.
 # SPDX-License-Identifier: Apache-2.0
-"""`with` blocks that switch parts of a model off or on, and leave it as it was."""
+"""`with` blocks that switch parts of a model off or on, and leave it as it was.
 
+Blocks may overlap and end in any order: what one holds stays until the last that holds it has ended. The switches are
+attributes of the modules, which threads share: a block holds for every thread that runs the model. (Per thread would
+be wrong where a backward pass, in a thread of its own, runs a checkpointed forward again.)
+"""
+
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,23 +25,47 @@ def layer_flag(model: nn.Module, flag: str, value: bool) -> Iterator[None]:
         yield
 
 
+# Blocks of several threads count one after the other.
+_COUNTING = threading.RLock()
+
+
 @contextmanager
 def attribute(modules: list[nn.Module], name: str, value: Any) -> Iterator[None]:
-    """Set an attribute of some modules inside a `with` block, restore it after."""
-    before = [getattr(module, name) for module in modules]
-    try:
+    """Set an attribute of some modules inside a `with` block.
+
+    After it the value is that of the latest block that still holds it, or, after the last one, as it was before them.
+    """
+    block = object()
+    with _COUNTING:
         for module in modules:
+            before, values = vars(module).get(held(name), (getattr(module, name), {}))
+            setattr(module, held(name), (before, {**values, block: value}))
             setattr(module, name, value)
+    try:
         yield
     finally:
-        for module, old in zip(modules, before, strict=True):
-            setattr(module, name, old)
+        with _COUNTING:
+            for module in modules:
+                before, values = getattr(module, held(name))
+                values = {other: held_value for other, held_value in values.items() if other is not block}
+                setattr(module, name, next(reversed(values.values()), before))
+                if values:
+                    setattr(module, held(name), (before, values))
+                else:
+                    delattr(module, held(name))
+
+
+def held(name: str) -> str:
+    """Where a module keeps what its attribute `name` was, and what each open block has set it to."""
+    return f"_spon_held_{name}"
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """`with evaluation_mode(model):` dropout off, every module's own mode restored after."""
-    with attribute([module for module in model.modules() if module.training], "training", False):
+    # The wrappers of torch.compile hand attributes on to what they wrap.
+    modules = [module for module in model.modules() if "_orig_mod" not in module._modules]
+    with attribute(modules, "training", False):
         yield
 
 
@@ -57,27 +87,16 @@ def dense_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
-HELD_OFF = "_spon_held_off"
-
-
-@contextmanager
-def switched_off(modules: list[nn.Module]) -> Iterator[None]:
+def switched_off(modules: list[nn.Module]):
     """`with switched_off(modules):` these tuner layers are off, also after a `disable_adapter()` block inside."""
-    new = [module for module in modules if HELD_OFF not in vars(module)]
-    for module in new:
-        setattr(module, HELD_OFF, True)
-    try:
-        with attribute(modules, "_disable_adapters", True):
-            yield
-    finally:
-        for module in new:
-            delattr(module, HELD_OFF)
+    return attribute(modules, "_disable_adapters", True)
 
 
-def keep_switched_off(model: nn.Module) -> None:
-    """Switch what open `switched_off` blocks hold off again, after PEFT has switched everything on."""
+def keep_switched_off(model: nn.Module, enabled: bool) -> None:
+    """After PEFT has switched all tuner layers on or off: what open `switched_off` blocks hold, and leave behind."""
     for module in model.modules():
-        if HELD_OFF in vars(module):
+        if (state := vars(module).get(held("_disable_adapters"))) is not None:
+            setattr(module, held("_disable_adapters"), (not enabled, state[1]))
             module._disable_adapters = True
 
 

@@ -14,10 +14,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .criteria import Criterion, keep_above, keep_top_k
+from .offload import align_hooks
 
 
 # Buffers of a merged layer; those that it does not need are None.
 STATE = ("spon_threshold", "spon_column_scale", "spon_input_scale", "spon_shift")
+
+
+# torch 2.6 does not say.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,51 @@ def keep_mask(
     return keep_top_k(score, settings.sparsity, x.dtype)
 
 
-def first_sparse_token(x: torch.Tensor, prefill: str | float) -> int:
-    """Position on the token axis of x (..., tokens, in) where sparsity begins."""
-    tokens = x.shape[-2] if x.ndim > 1 else 1
-    if tokens == 1 or prefill == "sparse":
+@dataclass
+class Prompt:
+    """Where a forward of `generate` stands: `tokens` new ones behind `cached` ones (at most `length` are counted).
+
+    Attributes:
+        length (`int`): tokens of the prompt.
+        cached (`int`): how many of them are in the cache.
+        tokens (`int`): tokens of the model's input, per row; 0 before the first forward.
+    """
+
+    length: int
+    cached: int = 0
+    tokens: int = 0
+
+
+def first_sparse_token(x: torch.Tensor, prefill: str | float, prompt: Prompt | None = None) -> int:
+    """Position on the token axis of x (..., tokens, in) where sparsity begins.
+
+    Args:
+        x (`torch.Tensor`): the layer's input.
+        prefill (`str` or `float`): "sparse", "dense", or the share of the prompt's leading tokens that stay dense.
+        prompt (`Prompt`, *optional*): where `generate` stands; without it an input of several tokens is a prompt.
+
+    Raises:
+        `ValueError`: it is no constant, and the model is being exported or traced, which would make it one.
+    """
+    if prefill in ("sparse", 0) or x.ndim == 1:
         return 0
-    return tokens if prefill == "dense" else math.ceil(prefill * tokens)
+    if torch.jit.is_tracing() or is_exporting():
+        raise ValueError(
+            f"prefill={prefill!r} leaves tokens dense by their number, and torch.export and torch.jit.trace would "
+            "keep that of the example. Use prefill='sparse', or export an adapter inside every_token_sparse(model)."
+        )
+    here = x.shape[-2]
+    if prompt is None or prompt.tokens == 0:
+        prompt = Prompt(length=here, tokens=here)
+    if prompt.length == 1:
+        return 0
+    dense = (prompt.length if prefill == "dense" else math.ceil(prefill * prompt.length)) - prompt.cached
+    if dense <= 0:
+        return 0
+    if dense >= prompt.tokens:
+        return here
+    # In the middle of the input; a layer that sees other rows than the text's tokens counts its own.
+    return dense if here == prompt.tokens else first_sparse_token(x, prefill)
 
 
 def dense_before(first: int, x: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
@@ -91,10 +135,11 @@ class SparseMixin:
     """
 
     spon_settings: LayerSettings
+    prompt: Prompt | None = None  # inside `generate`, see prefill.py
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         # As with the adapter, training makes every token sparse.
-        first = 0 if self.training else first_sparse_token(x, self.spon_settings.prefill)
+        first = 0 if self.training else first_sparse_token(x, self.spon_settings.prefill, self.prompt)
         if first > 0 and first >= x.shape[-2]:
             return super().forward(x, *args, **kwargs)
         sparse = x
@@ -181,6 +226,8 @@ def make_sparse(layer: nn.Module, settings: LayerSettings, state: dict[str, torc
     if "_old_forward" in vars(layer):
         # accelerate's hooks (device_map) call the forward that the layer had when they were added.
         layer._old_forward = MethodType(type(layer).forward, layer)
+        for hook in align_hooks(layer):
+            hook.offload_buffers = False  # it would not find SPON's where it keeps the layer's own
     return layer
 
 

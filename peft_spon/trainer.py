@@ -34,7 +34,9 @@ except ImportError as error:
     raise ImportError("SponTrainer needs TRL and datasets: pip install 'peft_spon[train]'") from error
 
 from .calibration import Removed, calibrate, removed_by_s
+from .cards import public_name, quoted, without_local_base
 from .config import SponConfig
+from .data import check_training_data
 from .distillation import SelfDistillation, noise_ahead, noisy_embedding, without_dropout
 from .layer import SponLayer, spon_layers
 from .lora import active_lora, apply_trainable, trainable_choice
@@ -276,6 +278,9 @@ class SponTrainer(SFTTrainer):
             )
         if peft_config is None and not has_adapter:
             peft_config = SponConfig(task_type="CAUSAL_LM")
+        is_prepared = (args.dataset_kwargs or {}).get("skip_prepare_dataset") or kwargs.get("formatting_func")
+        if not is_prepared:
+            check_training_data(kwargs.get("train_dataset"), kwargs.get("eval_dataset"), args.dataset_text_field)
         self._has_own_collator = kwargs.get("data_collator") is not None
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
         self.adapter_name = resolve_adapter(self.model, None)
@@ -686,7 +691,8 @@ class SponTrainer(SFTTrainer):
         if not self.is_world_process_zero():
             return
         config = adapter_config(self.model, self.adapter_name)
-        base = config.base_model_name_or_path or self.model.config._name_or_path or "the base model"
+        base = public_name(config.base_model_name_or_path or self.model.config._name_or_path)
+        where = self.hub_model_id or Path(self.args.output_dir).resolve().name
         about = (
             f"A SPON adapter for `{base}`: {config.sparsity:.0%} of the inputs of its linear layers are zeroed at "
             f"every token (criterion `{config.criterion}`), and trained anchors repair the damage.\n"
@@ -700,8 +706,8 @@ class SponTrainer(SFTTrainer):
             from peft import PeftModel
             from transformers import AutoModelForCausalLM
 
-            base = AutoModelForCausalLM.from_pretrained("{base}")
-            model = PeftModel.from_pretrained(base, "{self.hub_model_id or self.args.output_dir}")
+            base = AutoModelForCausalLM.from_pretrained({quoted(base)})
+            model = PeftModel.from_pretrained(base, {quoted(where)})
             ```
 
             """
@@ -710,6 +716,7 @@ class SponTrainer(SFTTrainer):
         card = re.sub(r"This model is a fine-tuned version of .*\n", lambda _: about, path.read_text())
         card = re.sub(r"## Quick start\n.*?(?=## Training procedure)", lambda _: quick_start, card, flags=re.DOTALL)
         path.write_text(card)
+        without_local_base(path.parent)
 
 
 def _means(sums: torch.Tensor) -> dict[str, float]:

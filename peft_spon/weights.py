@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .criteria import Criterion
+from .offload import execution_device, onloaded
 from .sparse_linear import SparseMixin
 
 
@@ -76,24 +77,27 @@ def through_weight(layer: nn.Module, vector: torch.Tensor) -> torch.Tensor:
     Weights are read where that is possible (bitsandbytes' 8 bit would quantise the vector too); other layers are
     probed as functions, in the dtype they compute in.
     """
-    weight = read_weight(layer)
-    return (probe(layer, vector[None]).float()[0]) if weight is None else weight.float() @ vector
+    with onloaded(layer):
+        weight = read_weight(layer)
+        return (probe(layer, vector[None]).float()[0]) if weight is None else weight.float() @ vector
 
 
 @torch.no_grad()
 def column_norms(layer: nn.Module, criterion: Criterion, chunk: int = 512) -> torch.Tensor:
     """fp32 norms, shape (in,), of the columns of the layer's weight, by the criterion's order.
 
-    Weights are read where that is possible; anything else (offloaded, LoRA inside) is probed with unit vectors.
+    Weights are read where that is possible; anything else (LoRA inside) is probed with unit vectors.
     """
-    weight = read_weight(layer)
-    if weight is not None:
-        return criterion.norm_of_columns(weight)
+    with onloaded(layer):
+        weight = read_weight(layer)
+        if weight is not None:
+            return criterion.norm_of_columns(weight)
     width, _ = linear_sizes(layer)
     reference = next(layer.parameters())
-    if reference.is_meta and not hasattr(layer, "_hf_hook"):
+    core = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    device = execution_device(core) if reference.is_meta else reference.device
+    if device is None:
         return torch.full((width,), math.nan)  # no weights yet; loading or a broadcast from rank 0 fills this
-    device = torch.device("cpu") if reference.is_meta else reference.device
     norms = []
     for first in range(0, width, chunk):
         rows = torch.zeros(min(chunk, width - first), width, device=device)

@@ -81,7 +81,7 @@ def push(out):
     adapter(2, "extra").push_to_hub("user/subfolder")
     third.save_pretrained(out / "adapter-folder")
     own = b"---\nlicense: mit\n---\n# My own words\n"
-    for repo in ("user/own-card", "user/own-merged-card"):
+    for repo in ("user/own-card", "user/own-merged-card", "user/own-lora-card"):
         api.create_repo(repo)
         api.upload_file(path_or_fileobj=own, path_in_repo="README.md", repo_id=repo)
     first.push_to_hub("user/own-card")
@@ -91,7 +91,10 @@ def push(out):
     with dense_mode(both):
         wanted["lora"] = logits(both, "llama")
     both.push_to_hub("user/with-lora")
+    (out / "lora").mkdir()
+    (out / "lora/.env").write_text("HF_TOKEN=hf_user")
     save_lora(both, out / "lora", repo_id="user/lora")
+    save_lora(both, out / "lora", repo_id="user/own-lora-card")
 
     # Files that do not belong together, and weights as a pickle.
     for name, model in {"mixed": first, "pickled": first, "second": second}.items():
@@ -120,6 +123,8 @@ def push(out):
         for who, token in {"anonymous": False, "other": "hf_other"}.items():
             for repo in ("user/llama-spon", "user/private-spon", "user/new"):
                 errors[f"{who} pushes {kind} to {repo}"] = outcome(model.push_to_hub, repo, token=token)
+    for repo in ("user/with-lora", "user/merged"):
+        errors[f"LoRA over {repo}"] = outcome(save_lora, both, out / "never", repo_id=repo)
     wanted["trained"] = logits(train(out / "trained"), "llama")
     save_file(wanted, out / "wanted.safetensors")
     seen = {"name": api.whoami()["name"], "files": sorted(api.list_repo_files("user/llama-spon"))}

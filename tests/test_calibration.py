@@ -6,10 +6,11 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing as mp
+import transformers as tf
 from accelerate import cpu_offload
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import MODELS, VOCAB, inputs, logits
+from models import MODELS, VOCAB, build, inputs, logits
 from peft import get_peft_model
 from torch import nn
 
@@ -265,6 +266,77 @@ def test_layer_no_token_reaches():
     model = get_peft_model(TwoPaths(), SponConfig(target_modules=["used", "unused"]))
     with pytest.raises(ValueError, match="No token of the data reached layer 'unused'.*exclude_modules"):
         calibrate(model, [torch.arange(8).view(2, 4)])
+
+
+def whisper():
+    sizes = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "num_mel_bins": 8, "max_source_positions": 20}
+    special = {"decoder_start_token_id": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = tf.WhisperConfig(vocab_size=VOCAB, d_model=32, max_target_positions=32, **layers, **sizes, **special)
+    model = build(tf.WhisperForConditionalGeneration, config)
+    batch = {"input_features": torch.randn(3, 8, 40), "labels": torch.randint(3, VOCAB, (3, 6))}
+    return model, batch, 18
+
+
+PICTURE = {"image_size": 16, "patch_size": 4}
+TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def vit():
+    return build(tf.ViTForImageClassification, tf.ViTConfig(**TOWER, **PICTURE)), {"pixel_values": pictures(3)}, 3
+
+
+def wav2vec2():
+    convolutions = {"conv_dim": (8, 8), "conv_kernel": (8, 4), "conv_stride": (4, 4), "num_conv_pos_embeddings": 4}
+    model = build(tf.Wav2Vec2ForCTC, tf.Wav2Vec2Config(**TOWER, **convolutions, num_feat_extract_layers=2))
+    return model, {"input_values": torch.randn(2, 800)}, 2
+
+
+def llava():
+    text = {**TOWER, "vocab_size": VOCAB, "num_key_value_heads": 2, "model_type": "llama"}
+    vision = {**TOWER, **PICTURE, "model_type": "clip_vision_model"}
+    config = tf.LlavaConfig(text_config=text, vision_config=vision, image_token_index=96, vision_feature_layer=-1)
+    ids = torch.randint(3, 90, (2, 24))
+    ids[:, 2:18] = 96
+    batch = {"input_ids": ids, "pixel_values": pictures(2)}
+    return build(tf.LlavaForConditionalGeneration, config), batch, 48
+
+
+def bert_from_embeddings():
+    return MODELS["bert"](), {"inputs_embeds": torch.randn(2, 9, 32)}, 18
+
+
+def pictures(count):
+    return torch.randn(count, 3, 16, 16)
+
+
+@pytest.mark.parametrize("make", [whisper, vit, wav2vec2, llava, bert_from_embeddings])
+def test_any_batch_that_the_model_takes(make):
+    """The thresholds are the quantiles of what the layers see, whatever the model reads."""
+    base, batch, tokens = make()
+    model = get_peft_model(base, SponConfig(sparsity=0.6))
+    result = calibrate(model, [batch, {**batch, "name": "x"}], progress=False)
+    assert result.tokens == 2 * tokens
+    seen = scores_seen(model, [batch])
+    for layer in result.layers:
+        realised = (seen[layer.name] <= layer.threshold).double().mean().item()
+        assert abs(realised - 0.6) <= 0.01, layer
+    assert calibrate(model, [batch] * 3, max_tokens=2 * tokens, progress=False).tokens == 2 * tokens
+    assert calibrate(model, batch, max_tokens=1, progress=False).tokens in (
+        1,
+        tokens,
+        tokens // len(next(iter(batch.values()))),
+    )
+
+
+def test_evaluation_of_speech_to_text():
+    base, batch, tokens = whisper()
+    model = get_peft_model(base, SponConfig(sparsity=0.6)).eval()
+    result = evaluate(model, [batch] * 2, progress=False)
+    assert result.tokens == 2 * tokens
+    with torch.no_grad(), dense_mode(model):
+        nll = torch.nn.functional.cross_entropy(model(**batch).logits.flatten(0, 1), batch["labels"].flatten())
+    assert result.dense.perplexity == pytest.approx(nll.exp().item(), rel=1e-4)
 
 
 def _calibrate_in_process(rank, port, queue):

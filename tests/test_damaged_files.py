@@ -41,7 +41,7 @@ def test_adapters_of_every_released_format_load(folder):
 
 def trained(seed):
     torch.manual_seed(seed)
-    fields = {"sparsity": 0.4 + 0.1 * seed, "modules_to_save": None, "prefill": "sparse", "init_weights": False}
+    fields = {"sparsity": 0.4 + 0.1 * seed, "modules_to_save": ["lm_head"], "prefill": "sparse", "init_weights": False}
     model = get_peft_model(MODELS["llama"](), SponConfig(**fields)).eval()
     calibrate(model, [{"input_ids": torch.randint(3, VOCAB, (4, 16))}], progress=False)
     return model
@@ -99,7 +99,9 @@ def change_tensor(path, rng, own_only=False):
     if action == "retype":
         tensors[name] = tensor.to(rng.choice([torch.float16, torch.bfloat16, torch.int32, torch.float64]))
     if action == "add":
-        tensors[name.replace("spon_anchor", "spon_another") + ".more"] = tensor.clone()
+        of_base = ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.base_layer.weight"]
+        added = rng.choice([name.replace("spon_anchor", "spon_another") + ".more", *of_base])
+        tensors[f"base_model.model.{added}" if added in of_base else added] = tensor.clone()
     if action in ("nan", "inf", "zero"):
         tensors[name] = tensor.clone()
         tensors[name].view(-1)[rng.randrange(tensor.numel())] = {"nan": torch.nan, "inf": torch.inf, "zero": 0.0}[

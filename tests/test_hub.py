@@ -93,6 +93,8 @@ def test_repositories_hold_what_they_should(world):
     merged = {".gitattributes", "README.md", "config.json", "generation_config.json"}
     for revision in ("main", "v1", "experiment"):
         assert set(hub.files("user/llama-spon", revision)) == adapter
+    assert set(hub.files("user/lora")) == adapter
+    assert set(hub.files("user/with-lora")) == adapter | {"task/adapter_config.json", "task/adapter_model.safetensors"}
     shards = {path for path in hub.files("user/merged") if path.startswith("model-")}
     assert len(shards) > 2
     assert set(hub.files("user/merged")) == merged | shards | {"model.safetensors.index.json"}
@@ -122,7 +124,7 @@ def test_cards_on_the_hub(world, name, library):
 
 def test_own_cards_stay_and_folders_are_not_named(world):
     hub, _, _ = world
-    for name in ("user/own-card", "user/own-merged-card"):
+    for name in ("user/own-card", "user/own-merged-card", "user/own-lora-card"):
         assert card(hub, name) == "---\nlicense: mit\n---\n# My own words\n"
     assert "\nbase_model:" not in card(hub, "user/base-was-a-folder")
 
@@ -142,6 +144,15 @@ def test_refused_pushes_say_why(world, kind):
         assert re.search("403.*Forbidden", other["message"])
     assert "user/new" not in hub.repos
     assert len(hub.repos["user/llama-spon"].commits) == 4, "the first, and three pushes"
+
+
+@pytest.mark.parametrize(
+    ("repo", "what"), [("user/with-lora", "an adapter of another kind"), ("user/merged", "a model")]
+)
+def test_a_lora_is_not_pushed_over_something_else(world, repo, what):
+    hub, pushed, _ = world
+    assert f"{repo} holds {what}" in pushed["errors"][f"LoRA over {repo}"]["message"]
+    assert len(hub.repos[repo].commits) == 2, "the first, and one push"
 
 
 @pytest.mark.parametrize("repo", ["private", "missing"])

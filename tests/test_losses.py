@@ -103,16 +103,17 @@ def test_no_tokens_give_no_loss_and_no_error():
 def test_bf16_logits_are_not_rounded():
     """KL of two nearly equal distributions drowns in logits rounded to bf16."""
     weight = (torch.randn(20000, 64) * 0.1).bfloat16()
-    teacher = torch.randn(8, 64).bfloat16()
-    student = (teacher + 0.02 * torch.randn(8, 64)).bfloat16()
-    labels = torch.zeros(8, dtype=torch.long)
-    log_p, log_q = (F.log_softmax(h.double() @ weight.double().t(), -1) for h in (teacher, student))
-    exact = (log_p.exp() * (log_p - log_q)).sum(-1).float()
+    teacher = torch.randn(32, 64).bfloat16()
+    student = (teacher + 0.02 * torch.randn(32, 64)).bfloat16()
+    labels = torch.zeros(32, dtype=torch.long)
+    log_t, log_s = (torch.log_softmax(h.double() @ weight.double().t(), dim=-1) for h in (teacher, student))
+    exact = (log_t.exp() * (log_t - log_s)).sum(-1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = compare_hidden(student, teacher, labels, OutputHead(weight)).kl
+        found = compare_hidden(student, teacher, labels, OutputHead(weight)).kl.double()
     rounded = compare_logits(student @ weight.t(), teacher @ weight.t(), labels).kl
     torch.testing.assert_close(found, exact, rtol=1e-2, atol=2e-6)  # fp32's own rounding of log-probabilities
-    assert (rounded - exact).abs().max() > 5 * (found - exact).abs().max(), "the danger this guards against is real"
+    # Of the mean: by how much single tokens are off depends on the order in which a processor sums.
+    assert (rounded - exact).abs().mean() > 4 * (found - exact).abs().mean(), "the danger this guards against is real"
     a = torch.randn(3, 20000).bfloat16()
     torch.testing.assert_close(matmul_fp32(a, weight), a.float() @ weight.float(), rtol=1e-4, atol=1e-4)
 

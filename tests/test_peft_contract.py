@@ -10,9 +10,17 @@ import os
 import peft
 import pytest
 import torch
-from models import GENERATE, MODELS, VOCAB, inputs, logits
+import transformers as tf
+from models import GENERATE, MODELS, SMALL, VOCAB, build, inputs, logits
 from packaging.version import Version
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.integrations.peft import MIN_PEFT_VERSION
@@ -268,6 +276,66 @@ def test_modules_to_save(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(MODELS["llama"](), tmp_path).eval()
     assert torch.equal(logits(loaded, "llama"), logits(model, "llama"))
+
+
+def bert_for(task):
+    kind = {
+        "SEQ_CLS": tf.BertForSequenceClassification,
+        "TOKEN_CLS": tf.BertForTokenClassification,
+        "QUESTION_ANS": tf.BertForQuestionAnswering,
+        "FEATURE_EXTRACTION": tf.BertModel,
+        "CAUSAL_LM": tf.BertLMHeadModel,
+    }
+    config = tf.BertConfig(**SMALL, intermediate_size=64, num_labels=2, is_decoder=task == "CAUSAL_LM")
+    return MODELS["t5"]() if task == "SEQ_2_SEQ_LM" else build(kind[task], config)
+
+
+@pytest.mark.parametrize("task", sorted(MODEL_TYPE_TO_PEFT_MODEL_MAPPING))
+def test_every_task_type_trains_and_saves_what_it_does_with_lora(task, tmp_path):
+    family = "t5" if task == "SEQ_2_SEQ_LM" else "bert"
+
+    def run(model):
+        return model(**inputs(family))[0] if task != "FEATURE_EXTRACTION" else model(**inputs(family)).pooler_output
+
+    lora = get_peft_model(bert_for(task), LoraConfig(task_type=task))
+    model = get_peft_model(bert_for(task), random_config(task_type=task)).eval()
+    wanted = {name for name, p in lora.named_parameters() if p.requires_grad and "lora_" not in name}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name in trainable if "spon_" not in name} == wanted
+    assert model.peft_config["default"].modules_to_save == lora.peft_config["default"].modules_to_save
+    run(model).square().sum().backward()
+    for name in wanted:
+        assert trainable[name].grad.abs().sum() > 0
+        trainable[name].data.add_(0.1)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(bert_for(task), tmp_path).eval()
+    assert torch.equal(run(loaded), run(model))
+    loaded.save_pretrained(tmp_path)
+    assert torch.equal(run(PeftModel.from_pretrained(bert_for(task), tmp_path).eval()), run(model))
+    model.add_adapter("other", random_config(task_type=task))
+    assert torch.equal(run(loaded), run(model))
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+def test_all_linear_leaves_the_head_to_be_trained(task, tmp_path):
+    model = get_peft_model(bert_for(task), random_config(task_type=task, target_modules="all-linear")).eval()
+    assert not {name for name in spon_layers(model) if "classifier" in name or "qa_outputs" in name}
+    assert "bert.encoder.layer.0.output.dense" in spon_layers(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(bert_for(task), tmp_path).eval()
+    assert torch.equal(loaded(**inputs("bert"))[0], model(**inputs("bert"))[0])
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+def test_one_configuration_for_several_models_with_a_head(task):
+    config = random_config(task_type=task)
+    heads = []
+    for _ in range(3):
+        model = get_peft_model(bert_for(task), config)
+        heads.append({n for n, p in model.named_parameters() if p.requires_grad and "spon_" not in n})
+        assert len(model.peft_config["default"].modules_to_save) <= 4
+    assert heads[0]
+    assert heads[0] == heads[1] == heads[2]
 
 
 def test_anchor_modules_limit_the_anchors_not_the_sparsity(llama):

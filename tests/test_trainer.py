@@ -164,13 +164,17 @@ def test_saved_adapter_loads_with_peft(tmp_path, tokenizer):
     assert "2512.12744" in card
     assert "50% of the inputs" in card
     assert "huggingface.co/None" not in card
+    assert str(tmp_path) not in card
     snippet = card.split("```python\n")[1].split("```")[0]
     assert "pipeline" not in snippet
     base_dir = tmp_path / "base"
     MODELS["llama"]().save_pretrained(base_dir)
     name = re.search(r'from_pretrained\("(.*?)"\)', snippet)[1]
     scope = {}
-    exec(snippet.replace(f'"{name}"', f'"{base_dir}"').replace(f'"{tmp_path}"', f'"{tmp_path}/checkpoint-4"'), scope)
+    exec(
+        snippet.replace(f'"{name}"', f'"{base_dir}"').replace(f'"{tmp_path.name}"', f'"{tmp_path}/checkpoint-4"'),
+        scope,
+    )
     assert torch.equal(logits(scope["model"].eval(), "llama"), logits(trainer.model, "llama"))
 
 

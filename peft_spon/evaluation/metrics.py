@@ -14,7 +14,15 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ..data import Batch, iter_batches, padding_masks, to_device, without_padding
+from ..data import (
+    Batch,
+    check_arguments,
+    count_tokens,
+    iter_batches,
+    padding_masks,
+    to_device,
+    without_padding,
+)
 from ..layer import SponLayer, spon_layers
 from ..losses import perplexity
 from ..model import resolve_adapter
@@ -205,9 +213,11 @@ def evaluate(
         [`EvaluationResult`]
 
     Raises:
-        `ValueError`: no data, no SPON adapter, a model that predicts no next token, logits that are NaN or infinite
-            (-inf is fine where all forbid the same tokens, none of them in the data).
+        `ValueError`: no data, no SPON adapter, a model that predicts no next token, a size below 1, logits that are
+            NaN or infinite (-inf is fine where all forbid the same tokens, none of them in the data).
+        `TypeError`: an argument of another kind, as when two are swapped.
     """
+    check_arguments(model, data, tokenizer, "evaluate")
     name = resolve_adapter(model, adapter_name, must_be_active=True)
     layers = {key: layer for key, layer in spon_layers(model).items() if name in layer.spon_settings}
     has_anchors = any(name in layer.spon_anchor for layer in layers.values())
@@ -240,7 +250,7 @@ def evaluate(
                     counted = row_labels != -100
                     stop = len(row) - shift
                     total.add(row[:stop][counted], row_dense[:stop][counted], row_labels[counted])
-            bar.update(batch["input_ids"].numel())
+            bar.update(count_tokens(batch))
     if sums["dense"].tokens == 0:
         raise ValueError("The data has no token to predict: every label is -100 or every text has one token.")
     first = next(iter(layers.values())).spon_settings[name].prefill
