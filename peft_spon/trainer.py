@@ -68,6 +68,10 @@ FULL_GAIN_SHARE = 0.2
 # `modules_to_save` are weights of the model, not small additions to it.
 MODULES_LEARNING_RATE = 1e-5
 OWN_LOSS = "the loss of SponTrainer is the KL divergence from the dense to the sparse model"
+NO_LABELS = (
+    "Nothing can be learned: in the training data every label is -100 (TRL leaves such rows out) or every sequence "
+    "has one token. Check completion_only_loss, assistant_only_loss, max_length, and the labels."
+)
 # Where a checkpoint's trainer_state.json keeps the mark and the window of the divergence watch.
 WATCH_KEY = "SponDivergenceWatch"
 DENSE_BROKEN = "and the dense model's log-likelihood is not finite either"
@@ -344,6 +348,8 @@ class SponTrainer(SFTTrainer):
                 apply_trainable(self.model, self._choice_before)
 
     def _train(self, *args: Any, **kwargs: Any):
+        if next(iter(self.train_dataset), None) is None:
+            raise ValueError(NO_LABELS)
         self._prepare_adapter()
         if self.accelerator.num_processes > 1 and self.model_wrapped is self.model:
             # An evaluate() before train() marks the model as prepared without DDP; ranks would drift apart in silence.
@@ -475,10 +481,7 @@ class SponTrainer(SFTTrainer):
         """The KL before the first step, on the data that is trained on, so that it is compared with the like."""
         tokens, (kl,) = self._mean_kls([None], "KL before training", self.train_dataset)
         if tokens == 0:
-            raise ValueError(
-                "Nothing can be learned: in the training data every label is -100 or every sequence has one token. "
-                "Check completion_only_loss, assistant_only_loss, max_length, and the labels."
-            )
+            raise ValueError(NO_LABELS)
         if not math.isfinite(kl):
             raise TrainingDiverged(
                 f"The KL is {kl} before the first step: logits are NaN or infinite. Check the model's weights and its "

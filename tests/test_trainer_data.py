@@ -144,6 +144,14 @@ def test_an_error_before_the_first_step_where_nothing_can_be_learned(
     assert not steps
 
 
+@pytest.mark.parametrize("criterion", ["topk", "weighted"])
+def test_prompts_that_leave_no_room_for_a_completion(tmp_path, tokenizer, criterion):  # noqa: F811
+    data = Dataset.from_list([{"prompt": " ".join(["w5"] * 30), "completion": " w6"}] * 8)
+    trainer = make(tmp_path, tokenizer, peft_config=SponConfig(criterion=criterion), data=data)
+    with pytest.raises(ValueError, match=r"every label is -100.*max_length"):
+        trainer.train()
+
+
 def test_labels_may_come_late(tmp_path, tokenizer):  # noqa: F811
     labels = [[-100] * 4] * 40 + [[5, 6, 7, 8]] * 8
     data = Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 48, "labels": labels})
