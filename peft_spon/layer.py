@@ -61,13 +61,16 @@ class Place:
 
 
 class Fp32ParameterDict(StaysLoaded, nn.ParameterDict):
-    """Parameters keyed by adapter name that follow the device of the module but never leave fp32."""
+    """Parameters keyed by adapter name that follow the device of the module; what is fp32 stays so.
+
+    With `autocast_adapter_dtype=False` they are in the model's dtype, and follow that.
+    """
 
     def _apply(self, fn: Callable, recurse: bool = True):
         before = {name: parameter.data for name, parameter in self.items()}
         super()._apply(fn, recurse)
         for name, old in before.items():
-            if self[name].dtype != old.dtype:
+            if old.dtype == torch.float32 != self[name].dtype:
                 self[name].data = old.to(self[name].device)
         return self
 
@@ -90,8 +93,9 @@ class SponLayer(BaseTunerLayer):
     """State of SPON around one linear layer of size in -> out, for any number of adapters.
 
     Attributes:
-        spon_anchor: trained anchors, fp32, shape (in,) or (out,) by the adapter's `anchor_space`.
-        spon_gain: trained gains, fp32, shape (in,).
+        spon_anchor: trained anchors, shape (in,) or (out,) by the adapter's `anchor_space`; fp32, or in the model's
+            dtype with PEFT's `autocast_adapter_dtype=False`.
+        spon_gain: trained gains, shape (in,), likewise.
         spon_settings: `LayerSettings` per adapter.
         spon_<name>: for each name in the [`Sparsifier.specs`] of an adapter, its tensors: `spon_threshold`, ...
     """
@@ -109,7 +113,7 @@ class SponLayer(BaseTunerLayer):
         self._every_token = False
         self.prompt: Prompt | None = None  # inside `generate`, see prefill.py
         self._state_seen: set[str] = set()  # adapters whose calibrated state is known to be there
-        self.adapters_run: set[str] = set()  # those that a forward has used
+        self.adapters_run: set[str] = set()  # those that hold work: a forward has used them, or they were loaded, ...
         self.trainable_choice: str | None = None  # see lora.set_trainable
         self.place = Place()
         self.merged_adapters = []
@@ -183,6 +187,15 @@ class SponLayer(BaseTunerLayer):
             held = getattr(self, f"spon_{name}")
             if adapter_name in held and held[adapter_name].device not in (device, meta):
                 held[adapter_name] = held[adapter_name].to(device)
+
+    def cast_to_base(self, adapter_name: str) -> None:
+        """Anchors and gains of an adapter in the dtype of the base layer, where that is floating point."""
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if dtype is None or not dtype.is_floating_point:
+            return
+        for held in (self.spon_anchor, self.spon_gain):
+            if adapter_name in held:
+                held[adapter_name].data = held[adapter_name].data.to(dtype)
 
     def settings(self, adapter_name: str) -> LayerSettings:
         """What an adapter asks of this layer."""
@@ -270,11 +283,12 @@ class SponLayer(BaseTunerLayer):
         return first_sparse_token(x, self.spon_settings[adapter_name].prefill, self.prompt)
 
     def repair(self, adapter_names: list[str]) -> Repair:
-        """Gains and anchors of some adapters, in the order in which they act, as they are trained: live, in fp32."""
+        """Gains and anchors of some adapters, in the order in which they act, as they are trained: live, and fp32
+        whatever they are kept in."""
         repair = Repair()
         for name in adapter_names:
-            gain = self.spon_gain[name] if name in self.spon_gain else None
-            anchor = self.spon_anchor[name] if name in self.spon_anchor else None
+            gain = self.spon_gain[name].float() if name in self.spon_gain else None
+            anchor = self.spon_anchor[name].float() if name in self.spon_anchor else None
             is_inside = self.spon_settings[name].anchor_space == "input"
             repair = repair.then(gain, *((anchor, None) if is_inside else (None, anchor)))
         return repair
@@ -317,6 +331,8 @@ class SponLinear(nn.Module, SponLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None:
+            self._check_adapter_names(x, adapter_names)
         if not torch.compiler.is_compiling() and (outer := self.place.taken_by(self)) is not None:
             raise ValueError(
                 f"A {type(outer).__name__} layer was put around the SPON layer '{self.place.name}', where it sees the "
@@ -348,15 +364,21 @@ class SponLinear(nn.Module, SponLayer):
         start = self.first_sparse_token(x, first)
         return repaired_linear(x, linear, self.sparsifier(first), self.state(first), repair, start)
 
+    def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str]) -> None:
+        """Raises `ValueError` as LoRA's layers do: not one name per row, or merged adapters."""
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively. Give one name per sample; models that flatten batch "
+                "and tokens before a layer cannot mix adapters there."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
     def _mixed_batch_forward(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any):
         """One adapter name per row of the batch; "__base__" rows stay dense."""
-        if self.merged:
-            raise ValueError("adapter_names cannot choose among merged adapters; call unmerge_adapter() first.")
-        if len(adapter_names) != x.shape[0]:
-            raise ValueError(
-                f"adapter_names has {len(adapter_names)} entries but this layer's input has {x.shape[0]} rows; give "
-                "one name per sample. Models that flatten batch and tokens before a layer cannot mix adapters there."
-            )
         linear = partial(self.base_layer, *args, **kwargs)
         y = None
         for name in dict.fromkeys(adapter_names):

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, set_adapter
 from peft.utils import AuxiliaryTrainingWrapper
@@ -37,7 +37,7 @@ from .merged import prepare_saving
 from .modes import keep_switched_off
 from .peft_model import save_and_load_checked
 from .prefill import follow_prompts
-from .sites import adapter_config, outer_modules, plain_name, resolve_adapter, spon_layers
+from .sites import adapter_config, change_config, is_new, outer_modules, plain_name, resolve_adapter, spon_layers
 from .sparse_linear import fold_scale
 from .targets import (
     all_linear,
@@ -108,19 +108,17 @@ class SponModel(BaseTuner):
         super()._check_new_adapter_config(config)
 
     def _prepare_adapter_config(self, peft_config: SponConfig, model_config: dict) -> SponConfig:
-        # A copy: calibration and the dial write into it, and the user's object may serve several adapters. That of an
-        # adapter in this model is how TRL's preference trainers add a copy of it as their reference.
-        if peft_config.modules_to_save or peft_config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
-            # PEFT adds heads to the list of the user's object, some after this: one list for both, each name once.
-            peft_config.modules_to_save = list(dict.fromkeys(peft_config.modules_to_save or []))
-        own = copy.copy(peft_config)
-        own._is_new = True
+        # As with PEFT's own methods, the user's object is the adapter's configuration. It may serve several adapters:
+        # what calibration and the dial change, they change in a copy (sites.change_config). That of an adapter in
+        # this model is how TRL's preference trainers add a copy of it as their reference.
+        if peft_config.modules_to_save:  # PEFT adds heads to the user's object for each model
+            peft_config.modules_to_save = list(dict.fromkeys(peft_config.modules_to_save))
         *others, name = [name for name, config in self.peft_config.items() if config is peft_config]
-        if others:
-            check_can_be_reference(self.model, others[0], name)
-        own._copy_of = others[0] if others else None
-        self.peft_config[name] = own
-        return own
+        self._copy_of = others[0] if others else None
+        if self._copy_of is not None:
+            check_can_be_reference(self.model, self._copy_of, name)
+            self.peft_config[name] = copy.copy(peft_config)
+        return self.peft_config[name]
 
     def _prepare_model(self, peft_config: SponConfig, model: nn.Module) -> None:
         """Resolve the default targets and check everything that can be wrong before a layer is touched."""
@@ -155,8 +153,8 @@ class SponModel(BaseTuner):
         has_anchor = matches(peft_config.anchor_modules, current_key)
         if isinstance(target, SponLayer):
             target.update_layer(adapter_name, peft_config, sparsity, has_anchor)
-            if peft_config._copy_of in target.spon_settings:
-                target.copy_adapter(peft_config._copy_of, adapter_name)
+            if self._copy_of in target.spon_settings:
+                target.copy_adapter(self._copy_of, adapter_name)
             return
         layer = SponLinear(target, adapter_name, peft_config, sparsity, has_anchor)
         layer.trainable_choice = trainable_choice(self.model)
@@ -176,13 +174,17 @@ class SponModel(BaseTuner):
         if adapter_names is None:
             yield
             return
+        # Errors begin with PEFT's words for the same misuse of LoRA.
         if self.training:
-            raise ValueError("adapter_names chooses adapters for inference; call model.eval() first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first."
+            )
         unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
         if unknown:
             raise ValueError(
-                f"adapter_names has {sorted(unknown)} but the adapters are {sorted(self.peft_config)}; '__base__' "
-                "stands for the model without them: without SPON, or, beside names of LoRAs, without LoRA."
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. The adapters are "
+                f"{sorted(self.peft_config)}; '__base__' stands for the model without them: without SPON, or, beside "
+                "names of LoRAs, without LoRA."
             )
         lora = set(lora_names(self.peft_config))
         if set(adapter_names) != {"__base__"}:  # rows that all want no LoRA, as in a batch where others want one
@@ -196,6 +198,8 @@ class SponModel(BaseTuner):
         of_kind = lora or set(self.peft_config) - set(lora_names(self.peft_config))
         chosen = set(adapter_names) & of_kind or of_kind  # all rows "__base__": whatever is active is off
         beams = kwargs.get("num_beams") or 1
+        if beams > 1 and not isinstance(adapter_names, (list, tuple)):
+            raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
         repeated = [name for name in adapter_names for _ in range(beams)]
         encoder = self.model.get_encoder() if self.get_model_config(self.model).get("is_encoder_decoder") else None
         in_encoder = set(encoder.modules()) if encoder is not None else set()
@@ -354,6 +358,13 @@ class SponModel(BaseTuner):
         """
         set_sparsity(self.model, sparsity, pattern, adapter_name)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # What PEFT's methods call once an adapter is there. S's state is fp32 in either case.
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for layer in spon_layers(self.model).values():
+                layer.cast_to_base(adapter_name)
+
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # In files as in a model of which nothing is compiled.
@@ -390,10 +401,10 @@ class SponModel(BaseTuner):
         try:
             remapped = checked(model, adapter_name, state_dict, remapped, checksums, config._sizes_are_fixed)
         except ValueError:
-            if config._is_new:
+            if is_new(model, adapter_name):
                 undo_load(model, adapter_name)
             raise
-        config._is_new = False
+        adapter_config(model, adapter_name)  # it is in use now
         return remapped
 
 
@@ -501,5 +512,4 @@ def set_sparsity(
     check_matches("sparsity_pattern", pattern, list(layers))
     for key, layer in layers.items():
         layer.set_sparsity(name, layer_sparsity(sparsity, pattern, key))
-    config = adapter_config(model, name)
-    config.sparsity, config.sparsity_pattern = sparsity, dict(pattern)
+    change_config(model, name, sparsity=sparsity, sparsity_pattern=dict(pattern))
