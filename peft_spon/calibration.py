@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .base_layer import prepared_state
 from .criteria import entries_kept
 from .data import check_arguments, check_sizes, iter_batches
 from .layer import SponLayer
 from .modes import dense_mode, every_token_sparse
 from .sites import adapter_config, change_config, resolve_adapter, spon_layers
 from .statistics import Moments, Observer, ScoreHistogram, Scores, watch
-from .weights import prepared_state
 
 
 logger = logging.getLogger(__name__)

@@ -9,70 +9,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ._peft import check_adapters_to_merge
+from .base_layer import has_plain_weight, linear_sizes, prepared_state, through_weight
 from .config import SponConfig
+from .containers import Fp32BufferDict, Fp32ParameterDict, Place
 from .criteria import Sparsifier
-from .offload import StaysLoaded, execution_device
+from .offload import execution_device
 from .repair import Repair, repaired_linear
 from .sparse_linear import LayerSettings, Prompt, first_sparse_token, make_sparse, merged_specs
-from .weights import has_plain_weight, linear_sizes, prepared_state, through_weight
-
-
-class Fp32BufferDict(StaysLoaded, BufferDict):
-    """Persistent buffers keyed by adapter name that follow the device of the module but never leave fp32."""
-
-    def __init__(self):
-        super().__init__(persistent=True)
-
-    def _apply(self, fn: Callable, recurse: bool = True):
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            if self._buffers[name].dtype != old.dtype:
-                self._buffers[name] = old.to(self._buffers[name].device)
-        return self
-
-
-class Place:
-    """Where a SPON layer is in its model: the attribute `name` of `parent`.
-
-    To notice a LoRA layer that was put around it. Copies of a whole model have theirs; a layer copied or pickled alone
-    has none.
-    """
-
-    def __init__(self, parent: nn.Module | None = None, name: str = ""):
-        self.parent, self.name = parent, name
-
-    def taken_by(self, layer: nn.Module) -> nn.Module | None:
-        """The tuner layer of another kind that is there instead of the SPON layer, or None."""
-        there = layer if self.parent is None else self.parent._modules.get(self.name, layer)
-        # A SPON layer is there where this one is a replica of it (nn.DataParallel).
-        is_other = there is not layer and isinstance(there, BaseTunerLayer) and not isinstance(there, SponLayer)
-        return there if is_other else None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Place":
-        return Place(memo.get(id(self.parent)), self.name)
-
-    def __reduce__(self):
-        return Place, ()
-
-
-class Fp32ParameterDict(StaysLoaded, nn.ParameterDict):
-    """Parameters keyed by adapter name that follow the device of the module; what is fp32 stays so.
-
-    With `autocast_adapter_dtype=False` they are in the model's dtype, and follow that.
-    """
-
-    def _apply(self, fn: Callable, recurse: bool = True):
-        before = {name: parameter.data for name, parameter in self.items()}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            if old.dtype == torch.float32 != self[name].dtype:
-                self[name].data = old.to(self[name].device)
-        return self
 
 
 @dataclass(frozen=True)
@@ -114,7 +61,6 @@ class SponLayer(BaseTunerLayer):
         self.prompt: Prompt | None = None  # inside `generate`, see prefill.py
         self._state_seen: set[str] = set()  # adapters whose calibrated state is known to be there
         self.adapters_run: set[str] = set()  # those that hold work: a forward has used them, or they were loaded, ...
-        self.trainable_choice: str | None = None  # see lora.set_trainable
         self.place = Place()
         self.merged_adapters = []
         self.in_features, self.out_features = linear_sizes(base_layer)
@@ -164,10 +110,6 @@ class SponLayer(BaseTunerLayer):
                 held[adapter_name].copy_(held[source])
         self.set_state(adapter_name, {name: tensor.clone() for name, tensor in self.state(source).items()})
         self.spon_settings[adapter_name] = self.spon_settings[source]
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's: choose the active adapters and make them trainable, unless these are frozen for a LoRA."""
-        super().set_adapter(adapter_names, inference_mode or self.trainable_choice == "lora")
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Device only: PEFT's version also casts to the base layer's dtype, and thresholds and anchors are fp32.
