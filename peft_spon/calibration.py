@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .base_layer import prepared_state
 from .criteria import entries_kept
 from .data import check_arguments, check_sizes, iter_batches
 from .layer import SponLayer
 from .modes import dense_mode, every_token_sparse
-from .sites import adapter_config, resolve_adapter, spon_layers
+from .sites import adapter_config, change_config, resolve_adapter, spon_layers
 from .statistics import Moments, Observer, ScoreHistogram, Scores, watch
-from .weights import prepared_state
 
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,8 @@ def calibrate(
         for key, layer in layers.items():
             layer.restore_state(name, before[key])
         raise
-    config.calibrated = config.calibrated or is_rotated or criterion.selects == "threshold"
+    if is_rotated or criterion.selects == "threshold":
+        change_config(model, name, calibrated=True)
     result = CalibrationResult(
         config.criterion, tokens, [_report(key, layer, name, histograms.get(key)) for key, layer in layers.items()]
     )

@@ -211,8 +211,13 @@ def _write(card: ModelCard, folder: str | os.PathLike) -> None:
 
 def _save(card: ModelCard, folder: str | os.PathLike, text: str, library: str, base: str | None) -> None:
     card.data.library_name = library
-    card.data.tags = sorted({*public_tags(card), "spon", "activation-sparsity"})
-    card.data.base_model = base if base and is_public(base) else None
+    # First the one that PEFT has just written, of the model that is saved; the configuration may name another.
+    named = [name for name in (card.data.base_model, base) if isinstance(name, str) and name and is_public(name)]
+    card.data.base_model = named[0] if named else None
+    tags = {*public_tags(card), "spon", "activation-sparsity"}
+    if named and library == "peft":
+        tags.add(f"base_model:adapter:{named[0]}")
+    card.data.tags = sorted(tags)
     card.text = f"{textwrap.dedent(text)}\n{MARK}\n"
     _write(card, folder)
 

@@ -222,8 +222,6 @@ class SponConfig(PeftConfig):
         self._sizes_are_fixed = False
         # Of the LoRAs beneath, by name.
         self._lora_checksums: dict[str, dict[str, str]] | None = None
-        # Of an adapter that was just put into a model and holds no work yet, see SponModel.
-        self._is_new = False
 
     @classmethod
     def published(cls, **kwargs: Any) -> "SponConfig":

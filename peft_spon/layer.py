@@ -9,67 +9,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ._peft import check_adapters_to_merge
+from .base_layer import has_plain_weight, linear_sizes, prepared_state, through_weight
 from .config import SponConfig
+from .containers import Fp32BufferDict, Fp32ParameterDict, Place
 from .criteria import Sparsifier
-from .offload import StaysLoaded, execution_device
+from .offload import execution_device
 from .repair import Repair, repaired_linear
 from .sparse_linear import LayerSettings, Prompt, first_sparse_token, make_sparse, merged_specs
-from .weights import has_plain_weight, linear_sizes, prepared_state, through_weight
-
-
-class Fp32BufferDict(StaysLoaded, BufferDict):
-    """Persistent buffers keyed by adapter name that follow the device of the module but never leave fp32."""
-
-    def __init__(self):
-        super().__init__(persistent=True)
-
-    def _apply(self, fn: Callable, recurse: bool = True):
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            if self._buffers[name].dtype != old.dtype:
-                self._buffers[name] = old.to(self._buffers[name].device)
-        return self
-
-
-class Place:
-    """Where a SPON layer is in its model: the attribute `name` of `parent`.
-
-    To notice a LoRA layer that was put around it. Copies of a whole model have theirs; a layer copied or pickled alone
-    has none.
-    """
-
-    def __init__(self, parent: nn.Module | None = None, name: str = ""):
-        self.parent, self.name = parent, name
-
-    def taken_by(self, layer: nn.Module) -> nn.Module | None:
-        """The tuner layer of another kind that is there instead of the SPON layer, or None."""
-        there = layer if self.parent is None else self.parent._modules.get(self.name, layer)
-        # A SPON layer is there where this one is a replica of it (nn.DataParallel).
-        is_other = there is not layer and isinstance(there, BaseTunerLayer) and not isinstance(there, SponLayer)
-        return there if is_other else None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Place":
-        return Place(memo.get(id(self.parent)), self.name)
-
-    def __reduce__(self):
-        return Place, ()
-
-
-class Fp32ParameterDict(StaysLoaded, nn.ParameterDict):
-    """Parameters keyed by adapter name that follow the device of the module but never leave fp32."""
-
-    def _apply(self, fn: Callable, recurse: bool = True):
-        before = {name: parameter.data for name, parameter in self.items()}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            if self[name].dtype != old.dtype:
-                self[name].data = old.to(self[name].device)
-        return self
 
 
 @dataclass(frozen=True)
@@ -90,8 +40,9 @@ class SponLayer(BaseTunerLayer):
     """State of SPON around one linear layer of size in -> out, for any number of adapters.
 
     Attributes:
-        spon_anchor: trained anchors, fp32, shape (in,) or (out,) by the adapter's `anchor_space`.
-        spon_gain: trained gains, fp32, shape (in,).
+        spon_anchor: trained anchors, shape (in,) or (out,) by the adapter's `anchor_space`; fp32, or in the model's
+            dtype with PEFT's `autocast_adapter_dtype=False`.
+        spon_gain: trained gains, shape (in,), likewise.
         spon_settings: `LayerSettings` per adapter.
         spon_<name>: for each name in the [`Sparsifier.specs`] of an adapter, its tensors: `spon_threshold`, ...
     """
@@ -109,8 +60,7 @@ class SponLayer(BaseTunerLayer):
         self._every_token = False
         self.prompt: Prompt | None = None  # inside `generate`, see prefill.py
         self._state_seen: set[str] = set()  # adapters whose calibrated state is known to be there
-        self.adapters_run: set[str] = set()  # those that a forward has used
-        self.trainable_choice: str | None = None  # see lora.set_trainable
+        self.adapters_run: set[str] = set()  # those that hold work: a forward has used them, or they were loaded, ...
         self.place = Place()
         self.merged_adapters = []
         self.in_features, self.out_features = linear_sizes(base_layer)
@@ -161,10 +111,6 @@ class SponLayer(BaseTunerLayer):
         self.set_state(adapter_name, {name: tensor.clone() for name, tensor in self.state(source).items()})
         self.spon_settings[adapter_name] = self.spon_settings[source]
 
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's: choose the active adapters and make them trainable, unless these are frozen for a LoRA."""
-        super().set_adapter(adapter_names, inference_mode or self.trainable_choice == "lora")
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Device only: PEFT's version also casts to the base layer's dtype, and thresholds and anchors are fp32.
         if device is None:
@@ -183,6 +129,15 @@ class SponLayer(BaseTunerLayer):
             held = getattr(self, f"spon_{name}")
             if adapter_name in held and held[adapter_name].device not in (device, meta):
                 held[adapter_name] = held[adapter_name].to(device)
+
+    def cast_to_base(self, adapter_name: str) -> None:
+        """Anchors and gains of an adapter in the dtype of the base layer, where that is floating point."""
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if dtype is None or not dtype.is_floating_point:
+            return
+        for held in (self.spon_anchor, self.spon_gain):
+            if adapter_name in held:
+                held[adapter_name].data = held[adapter_name].data.to(dtype)
 
     def settings(self, adapter_name: str) -> LayerSettings:
         """What an adapter asks of this layer."""
@@ -270,11 +225,12 @@ class SponLayer(BaseTunerLayer):
         return first_sparse_token(x, self.spon_settings[adapter_name].prefill, self.prompt)
 
     def repair(self, adapter_names: list[str]) -> Repair:
-        """Gains and anchors of some adapters, in the order in which they act, as they are trained: live, in fp32."""
+        """Gains and anchors of some adapters, in the order in which they act, as they are trained: live, and fp32
+        whatever they are kept in."""
         repair = Repair()
         for name in adapter_names:
-            gain = self.spon_gain[name] if name in self.spon_gain else None
-            anchor = self.spon_anchor[name] if name in self.spon_anchor else None
+            gain = self.spon_gain[name].float() if name in self.spon_gain else None
+            anchor = self.spon_anchor[name].float() if name in self.spon_anchor else None
             is_inside = self.spon_settings[name].anchor_space == "input"
             repair = repair.then(gain, *((anchor, None) if is_inside else (None, anchor)))
         return repair
@@ -317,6 +273,8 @@ class SponLinear(nn.Module, SponLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None:
+            self._check_adapter_names(x, adapter_names)
         if not torch.compiler.is_compiling() and (outer := self.place.taken_by(self)) is not None:
             raise ValueError(
                 f"A {type(outer).__name__} layer was put around the SPON layer '{self.place.name}', where it sees the "
@@ -348,15 +306,21 @@ class SponLinear(nn.Module, SponLayer):
         start = self.first_sparse_token(x, first)
         return repaired_linear(x, linear, self.sparsifier(first), self.state(first), repair, start)
 
+    def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str]) -> None:
+        """Raises `ValueError` as LoRA's layers do: not one name per row, or merged adapters."""
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively. Give one name per sample; models that flatten batch "
+                "and tokens before a layer cannot mix adapters there."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
     def _mixed_batch_forward(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any):
         """One adapter name per row of the batch; "__base__" rows stay dense."""
-        if self.merged:
-            raise ValueError("adapter_names cannot choose among merged adapters; call unmerge_adapter() first.")
-        if len(adapter_names) != x.shape[0]:
-            raise ValueError(
-                f"adapter_names has {len(adapter_names)} entries but this layer's input has {x.shape[0]} rows; give "
-                "one name per sample. Models that flatten batch and tokens before a layer cannot mix adapters there."
-            )
         linear = partial(self.base_layer, *args, **kwargs)
         y = None
         for name in dict.fromkeys(adapter_names):

@@ -235,10 +235,9 @@ def find_other_settings(model: nn.Module, adapter_name: str, state_dict: dict[st
 
 
 def undo_load(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter that was made for a failed load out again, and all be as before; one that has run stays."""
+    """Take an adapter that was made for a failed load out again, and all be as before."""
     config = model.peft_config.get(adapter_name)
-    has_run = any(adapter_name in layer.adapters_run for layer in spon_layers(model).values())
-    if not isinstance(config, SponConfig) or has_run:
+    if not isinstance(config, SponConfig):
         return
     remove_adapter(model, adapter_name)
     if isinstance(model, PeftModel) and not spon_layers(model):

@@ -9,91 +9,35 @@ a LoRA model takes that model's LoRA over; [`add_lora`] slides a LoRA beneath th
 """
 
 import copy
-import json
 import os
-import shutil
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from packaging.version import Version
-from peft import (
-    LoraConfig,
-    LoraModel,
-    PeftConfig,
-    PeftModel,
-    PeftType,
-    get_peft_model_state_dict,
-    inject_adapter_in_model,
-)
+from peft import LoraConfig, LoraModel, PeftConfig, PeftModel, PeftType, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    cast_adapter_dtype,
-    delete_adapter,
-    set_requires_grad,
-)
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper, load_peft_weights
-from peft.utils.other import _set_adapter as set_auxiliary_adapter
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import CONFIG_NAME, AuxiliaryTrainingWrapper
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .cards import lora_card
-from .checksums import fields_checksum, tensors_checksum
+from ._peft import cast_adapter_dtype, delete_adapter, set_adapter, set_auxiliary_adapter, set_requires_grad
+from .base_layer import is_linear
 from .config import SponConfig, SponPeftType
-from .files import move_into_place, written_aside
 from .layer import SponLayer
 from .modes import switched_off
-from .sites import outer_modules, spon_layers
+from .sites import outer_modules, plain_name, spon_layers
 from .sparse_linear import SparseMixin
-from .weights import is_linear
 
 
 LORA_NAME = "task"
 # Before that, Trainer restores only the adapters that a checkpoint has in subfolders; SponTrainer restores all.
 RESUMES_ALL = Version("5.23.0.dev0")
 TRAINABLE = ("lora", "anchors", "both")
-# What of `PeftModel.from_pretrained` says where on the Hub something is.
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-# Fields of a `LoraConfig` that decide what is computed with given tensors.
-LORA_FIELDS = (
-    "task_type",
-    "r",
-    "lora_alpha",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "target_parameters",
-    "modules_to_save",
-    "fan_in_fan_out",
-    "init_lora_weights",
-    "lora_bias",
-    "lora_dropout",
-    "use_qalora",
-    "qalora_group_size",
-    "use_bdlora",
-    "kasa_config",
-    "velora_config",
-    "monteclora_config",
-    "arrow_config",
-    "ensure_weight_tying",
-    "megatron_config",
-)
 # Beginnings of `init_lora_weights` that put a part of W into the LoRA and take it out of W.
 MOVES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -210,7 +154,7 @@ def lora_taken_over(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             yield inner, taken
-        set_auxiliary(inner, [spon_name, *active])
+        set_auxiliary_adapter(inner, [spon_name, *active])
     except BaseException:
         taken.give_back()
         raise
@@ -329,19 +273,6 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
             module._adapters = {new if name == old else name for name in module._adapters}
 
 
-def set_auxiliary(model: nn.Module, names: list[str], inference_mode: bool = False) -> None:
-    """Make the `modules_to_save` of all these adapters active; what is trained stays as `set_trainable` chose it."""
-    set_auxiliary_adapter(model, names, inference_mode=inference_mode)
-    choice = trainable_choice(model)
-    if choice is not None and not inference_mode and active_lora(model):
-        apply_trainable(model, choice)
-
-
-def trainable_choice(model: nn.Module) -> str | None:
-    """What `set_trainable` chose; None: there was no choice."""
-    return next((layer.trainable_choice for layer in model.modules() if isinstance(layer, SponLayer)), None)
-
-
 # ---- LoRA beneath a SPON model -----------------------------------------------------------------------------------
 
 
@@ -410,7 +341,7 @@ def add_lora(
         cast_adapter_dtype(inner, adapter_name)
         for layer in lora_layers(inner):
             layer.train(inner.training)
-        set_auxiliary(inner, [*model.base_model.active_adapters, adapter_name])
+        set_auxiliary_adapter(inner, [*model.base_model.active_adapters, adapter_name])
         set_trainable(model, trainable)
     return model
 
@@ -539,9 +470,21 @@ def apply_trainable(model: nn.Module, what: str) -> list[SponLayer]:
         )
     set_requires_grad(model, layers[0].active_adapters, what in ("anchors", "both"))
     set_requires_grad(model, lora, what in ("lora", "both"))
-    for layer in layers:
-        layer.trainable_choice = what
+    tuner = over_lora(model)
+    if tuner is not None:
+        tuner.trainable_choice = what
     return layers
+
+
+def over_lora(model: nn.Module) -> "OverLora | None":
+    """The SponModel in a model; None where transformers' `add_adapter` has put SPON in."""
+    return next((module for module in model.modules() if isinstance(module, OverLora)), None)
+
+
+def trainable_choice(model: nn.Module) -> str | None:
+    """What `set_trainable` chose; None: there was no choice."""
+    tuner = over_lora(model)
+    return None if tuner is None else tuner.trainable_choice
 
 
 @contextmanager
@@ -568,12 +511,6 @@ def delete_lora(model: nn.Module, adapter_name: str) -> None:
     del model.peft_config[adapter_name]
     delete_adapter(model, adapter_name, prefix=LoraBeneathSpon.prefix, layer_cls=LoraLayer)
     take_out(model, adapter_name)
-    if lora_names(model.peft_config):
-        return
-    for layer in spon_layers(model).values():
-        if layer.trainable_choice == "lora":
-            set_requires_grad(layer, layer.active_adapters, True)
-        layer.trainable_choice = None
 
 
 def check_biases(layers: list[LoraLayer], adapter_names: list[str] | None) -> None:
@@ -601,334 +538,170 @@ def check_finite(layers: list[LoraLayer]) -> None:
                 )
 
 
-# ---- which LoRA a SPON adapter belongs to ------------------------------------------------------------------------
-#
-# Nothing is added to the files of a LoRA, which stays plain: the configuration of the SPON adapter that is saved over
-# it names it by checksums of its tensors and of the fields that compute.
+# ---- what a SponModel does for the LoRA beneath ------------------------------------------------------------------
 
 
-def lora_checksums(model: nn.Module, spon_tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, str]] | None:
+class OverLora:
     """
-    What the configuration of a SPON adapter that is being saved says of the LoRAs beneath.
+    Of a SPON tuner: PEFT's methods also serve the LoRA that lies beneath, where there is one.
 
-    Args:
-        model (`torch.nn.Module`): the model that is saved.
-        spon_tensors (`Mapping[str, torch.Tensor]`): the SPON adapter's part of the state dict, keys as in the model.
-
-    Returns:
-        `dict[str, dict[str, str]]`: name to checksums; `{}`: there is no LoRA. None: cannot be told, since what is
-            saved is not what this process holds (sharded, or a state dict of the caller's own).
-    """
-    names = lora_names(model.peft_config)
-    held = {**dict(model.named_parameters()), **dict(model.named_buffers())} if names else {}
-    if names and not all(key in held and is_same(value, held[key]) for key, value in spon_tensors.items()):
-        return None
-    state = partial(get_peft_model_state_dict, model, None, save_embedding_layers=False)
-    return {name: checksums_of(model.peft_config[name], state(name)) for name in names}
-
-
-def is_same(saved: torch.Tensor, held: torch.Tensor) -> bool:
-    """Whether a tensor that is saved has the values, shape and dtype of one in the model."""
-    if isinstance(saved, DTensor) or isinstance(held, DTensor) or saved.is_meta or held.is_meta:
-        return False
-    return saved.dtype == held.dtype and torch.equal(saved.to(held.device), held)
-
-
-def checksums_of(config: LoraConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Checksums of a LoRA, in memory or as it was read: of its tensors, and of the fields that compute."""
-    fields = config.to_dict()
-    computing = {name: fields.get(name) for name in LORA_FIELDS}
-    for name, value in computing.items():
-        if isinstance(value, (list, tuple, set)):  # from a file, a set comes in any order
-            computing[name] = sorted(value, key=str)
-    own = {key: value for key, value in tensors.items() if is_own(key, config)}
-    return {"fields": fields_checksum(computing), "tensors": tensors_checksum(own)}
-
-
-def is_own(key: str, config: LoraConfig) -> bool:
-    """Whether a tensor in the file of a LoRA is LoRA's or of its `modules_to_save`: neither of the base's."""
-    return ".lora_" in key or any(f".{name}." in key for name in config.modules_to_save or [])
-
-
-class SavedLora:
-    """
-    A LoRA as it lies in a folder or on the Hub, read before anything goes into a model.
-
-    Args:
-        folder (`str`): folder or Hub id.
-        name (`str`): what the LoRA is or will be called.
-        subfolder (`str`, *optional*): inside `folder`.
-        hub (`dict[str, Any]`): where on the Hub: `revision`, `token`, ...
-
-    Raises:
-        `ValueError`: files that cannot be read, or a LoRA that cannot lie beneath SPON.
+    Attributes:
+        trainable_choice (`str`, *optional*): what [`set_trainable`] chose.
+        taken_over ([`TakenOver`], *optional*): the LoRA model on which SPON was put.
     """
 
-    def __init__(self, folder: str | os.PathLike, name: str, subfolder: str | None, hub: dict[str, Any]):
-        self.where = "/".join([os.fspath(folder), *([subfolder] if subfolder else [])])
-        self.name, self.is_chosen = name, subfolder is None
-        place = {**hub, "subfolder": subfolder}
-        self.config = self._read(CONFIG_NAME, PeftConfig.from_pretrained, os.fspath(folder), **place)
-        check_lora(self.config, name)
-        self.tensors = self._read(SAFETENSORS_WEIGHTS_NAME, load_peft_weights, os.fspath(folder), "cpu", **place)
-        self.checksums = checksums_of(self.config, self.tensors)
+    trainable_choice: str | None = None
 
-    def _read(self, file: str, read: Callable, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return read(*args, **kwargs)
-        except OSError:  # not found, no network: their own words
-            raise
-        except Exception as error:  # whatever PEFT and the parsers raise for files that are not what they expect
-            cause = "" if error.__cause__ is None else f": {error.__cause__}"
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+        trained = {plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+        with lora_taken_over(model, adapter_name, config) as (inner, taken):
+            super().__init__(inner, peft_config, adapter_name, *args, **kwargs)
+        self.taken_over, self.trained_before = taken, trained
+
+    def give_back(self) -> None:
+        """Once all SPON layers are out again: the model as it was, its LoRA and what of it is trained included."""
+        if self.taken_over:
+            self.taken_over.give_back()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self.trained_before)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """
+        Choose the active adapters. With LoRA beneath: those of the kind that is named; the other kind stays as it is.
+
+        Args:
+            adapter_name (`str` or `list[str]`): SPON adapters, LoRA adapters, or both.
+            inference_mode (`bool`, *optional*, defaults to `False`): freeze them.
+        """
+        wanted = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        lora = [name for name in wanted if name in lora_names(self.peft_config)]
+        spon = [name for name in wanted if name not in lora]
+        active = active_lora(self.model)
+        if lora:
+            set_adapter(self.model, lora, inference_mode=inference_mode, layer_cls=LoraLayer)
+        if spon or not lora:
+            super().set_adapter(adapter_name if not lora else spon, inference_mode)
+        if lora or active:
+            self._set_auxiliary([*self.active_adapters, *(lora or active)], inference_mode)
+
+    def _set_auxiliary(self, names: list[str], inference_mode: bool = False) -> None:
+        # The modules_to_save of all these adapters; what is trained stays as `set_trainable` chose it.
+        set_auxiliary_adapter(self.model, names, inference_mode=inference_mode)
+        if not inference_mode:
+            self._keep_choice()
+
+    def _keep_choice(self) -> None:
+        if self.trainable_choice is not None and active_lora(self.model):
+            apply_trainable(self.model, self.trainable_choice)
+
+    def enable_adapter_layers(self) -> None:
+        """As PEFT's; what is trained stays as `set_trainable` chose it."""
+        super().enable_adapter_layers()
+        self._keep_choice()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete a SPON adapter, or a LoRA beneath; with the last LoRA its layers go, too.
+
+        Args:
+            adapter_name (`str`): its name.
+
+        Raises:
+            `ValueError`: unknown, or merged.
+        """
+        if adapter_name not in lora_names(self.peft_config):
+            active = active_lora(self.model)
+            super().delete_adapter(adapter_name)
+        else:
+            delete_lora(self.model, adapter_name)
+            active = active_lora(self.model)
+            if not lora_names(self.peft_config):
+                if self.trainable_choice == "lora":
+                    set_requires_grad(self.model, self.active_adapters, True)
+                self.trainable_choice = None
+        if active:
+            self._set_auxiliary([*self.active_adapters, *active])
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's, refusing first what could only be merged by half."""
+        check_biases(lora_layers(self.model), adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """As PEFT's, refusing first what could only be merged by half."""
+        layers = lora_layers(self.model)
+        check_biases(layers, adapter_names)
+        if safe_merge:
+            check_finite(layers)
+        if adapter_names is not None and layers:
+            self._set_auxiliary(adapter_names)  # the modules_to_save of what is merged, not of the rest
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+        """Let `model(..., adapter_names=[...])` and `generate` choose one adapter per sample of the batch."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        # Errors begin with PEFT's words for the same misuse of LoRA.
+        if self.training:
             raise ValueError(
-                f"The LoRA's {self.where}/{file} is missing, damaged or incomplete ({type(error).__name__}: "
-                f"{error}{cause}); save or download it again."
-            ) from error
-
-    def check_tensors(self, model: nn.Module) -> None:
-        """Raises `ValueError` for tensors that PEFT would load over those of the base."""
-        strange = [key for key in self.tensors if not is_own(key, self.config)]
-        if strange and isinstance(model, PreTrainedModel):
-            # PEFT saves the embeddings along, where they are targets or were resized.
-            embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-            along = tuple(f"base_model.model.{name}." for name, part in model.named_modules() if part in embeddings)
-            strange = [key for key in strange if not key.startswith(along)]
-        if strange:
-            raise ValueError(
-                f"{self.where}/{SAFETENSORS_WEIGHTS_NAME} has '{strange[0]}', which is not of the LoRA and would "
-                "overwrite the base's; save or download the LoRA again."
+                "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first."
             )
+        unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
+        if unknown:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. The adapters are "
+                f"{sorted(self.peft_config)}; '__base__' stands for the model without them: without SPON, or, beside "
+                "names of LoRAs, without LoRA."
+            )
+        lora = set(lora_names(self.peft_config))
+        if set(adapter_names) != {"__base__"}:  # rows that all want no LoRA, as in a batch where others want one
+            lora &= set(adapter_names)
+        if lora and set(adapter_names) - lora - {"__base__"}:
+            raise ValueError(
+                f"adapter_names is {adapter_names}: name LoRA adapters ({sorted(lora)}), or SPON adapters, not both; "
+                "the other kind stays as it is."
+            )
+        kind = LoraLayer if lora else SponLayer
+        of_kind = lora or set(self.peft_config) - set(lora_names(self.peft_config))
+        chosen = set(adapter_names) & of_kind or of_kind  # all rows "__base__": whatever is active is off
+        beams = kwargs.get("num_beams") or 1
+        if beams > 1 and not isinstance(adapter_names, (list, tuple)):
+            raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")
+        repeated = [name for name in adapter_names for _ in range(beams)]
+        encoder = self.model.get_encoder() if self.get_model_config(self.model).get("is_encoder_decoder") else None
+        in_encoder = set(encoder.modules()) if encoder is not None else set()
+        handles = []
+        for module in self.modules():
+            is_wrapper = isinstance(module, AuxiliaryTrainingWrapper) and module._adapters & chosen
+            if isinstance(module, kind) or is_wrapper:
+                # Beam search repeats the rows that the decoder sees; the encoder ran before that.
+                names = list(adapter_names) if module in in_encoder else repeated
+                hook = partial(_pass_adapter_names, adapter_names=names)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
-    def check_belongs(self, spon: str | os.PathLike, named: dict[str, dict[str, str]] | None) -> None:
-        """Raises `ValueError` unless it is the LoRA that the SPON adapter in `spon` names; None: names none, older."""
-        if named is None or (not named and self.is_chosen):
-            return
-        candidates = [wanted for name, wanted in named.items() if self.is_chosen or name == self.name]
-        differ = [self._differs(wanted) for wanted in candidates]
-        if None in differ:
-            return
-        where = f"{self.where}/{differ[0]}" if len(differ) == 1 else self.where
-        was = f"the LoRAs {sorted(named)}" if named else "no LoRA"
+
+def check_can_be_reference(model: nn.Module, source: str, name: str) -> None:
+    """Raises `ValueError` if a copy of an adapter could not be a reference: the LoRA beneath belongs to both."""
+    parameters = [p for layer in lora_layers(model) for key, p in layer.named_parameters() if "lora_" in key]
+    if any(parameter.requires_grad for parameter in parameters):
         raise ValueError(
-            f"{where} is not what the SPON adapter {spon} was saved with ({was}): it is damaged, of another saving "
-            "(the last one may have been interrupted), or was trained further. Save the model again, or give the LoRA "
-            "that belongs to it as lora. To combine the two on purpose: "
-            "model = PeftModel.from_pretrained(base, spon); "
-            "add_lora(model, LoraConfig.from_pretrained(lora), 'name'); model.load_adapter(lora, 'name')."
+            f"Adapter {name!r} would be a copy of {source!r} (as TRL's preference trainers add it for a reference), "
+            "but the LoRA beneath SPON, which is trained, would be part of both. Give the trainer a ref_model of its "
+            "own, load_with_lora(base, folder).get_base_model(); where it takes none (GRPO), use beta=0.0, or freeze "
+            'the LoRA: set_trainable(model, "anchors").'
         )
 
-    def _differs(self, wanted: dict[str, str]) -> str | None:
-        """The file that is not what these checksums are of, or None."""
-        files = {"tensors": SAFETENSORS_WEIGHTS_NAME, "fields": CONFIG_NAME}
-        return next((file for part, file in files.items() if wanted.get(part) != self.checksums[part]), None)
 
-
-def named_loras(spon: str | os.PathLike, **hub: Any) -> dict[str, dict[str, str]] | None:
-    """What a saved SPON adapter says of its LoRAs, see `lora_checksums`.
-
-    Raises:
-        `ValueError`: it is no SPON adapter.
-    """
-    config = SponConfig.from_pretrained(spon, **hub)
-    if not isinstance(config, SponConfig):
-        raise ValueError(
-            f"{spon} is given as the SPON adapter, but its {CONFIG_NAME} has peft_type={config.peft_type.value!r}. "
-            "Give a SPON adapter there, and the LoRA behind it: load_with_lora(model, spon, lora)."
-        )
-    return (config.checksums or {}).get("loras")
-
-
-# ---- files -------------------------------------------------------------------------------------------------------
-
-
-def load_loras_along(
-    load: Callable, model: PeftModel, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any
-) -> Any:
-    """`load(model, checkpoint, "default")`, and with it all LoRAs of a checkpoint that Trainer has written.
-
-    That is all that its `load_best_model_at_end` calls: the best anchors would end up over the last LoRA. Any other
-    folder is loaded by `load` alone.
-    """
-    configs = model.peft_config
-    given = Path(model_id)
-    checkpoint = next((path for path in (given, given.parent) if (path / "trainer_state.json").exists()), None)
-    if checkpoint is None or adapter_name not in configs or adapter_name in lora_names(configs):
-        return load(model, model_id, adapter_name, *args, **kwargs)
-
-    def place(name: str) -> Path:
-        inside = checkpoint / name
-        return inside if (inside / CONFIG_NAME).exists() else checkpoint
-
-    spon = place(adapter_name) if given == checkpoint else given
-    named, names = named_loras(spon), [name for name in lora_names(configs) if place(name) != spon]
-    for name in names:
-        subfolder = name if place(name) != checkpoint else None
-        SavedLora(checkpoint, name, subfolder, {}).check_belongs(spon, named)
-    result = load(model, spon, adapter_name, *args, **kwargs)
-    if given != checkpoint:  # its caller goes through the subfolders
-        return result
-    for name in names:
-        load(model, place(name), name, **kwargs)
-    choice = trainable_choice(model)
-    if choice is not None and active_lora(model):
-        apply_trainable(model, choice)
-    return result
-
-
-def load_with_lora(
-    model: nn.Module,
-    spon: str | os.PathLike,
-    lora: str | os.PathLike | list[str | os.PathLike] | None = None,
-    adapter_name: str | list[str] = LORA_NAME,
-    *,
-    trainable: str | None = None,
-    **kwargs: Any,
-) -> PeftModel:
-    """
-    Load a SPON adapter and a LoRA onto a plain base model, LoRA beneath.
-
-    A SPON adapter that was saved over LoRAs names them by checksums, and only these load with it. One that was saved
-    without a LoRA, or by a peft_spon that did not name them yet, loads with any LoRA that is given as `lora`.
-
-    Args:
-        model (`torch.nn.Module`): the base model; as it was, if anything cannot be loaded.
-        spon (`str`): folder or Hub id of the SPON adapter.
-        lora (`str` or `list[str]`, *optional*): folder or Hub id of the LoRA; default: the folder `adapter_name`
-            inside `spon`, where `model.save_pretrained` puts it.
-        adapter_name (`str` or `list[str]`, *optional*, defaults to `"task"`): name of the LoRA. Of several, each from
-            its folder, the first is active.
-        trainable (`str`, *optional*): `"lora"`, `"anchors"` or `"both"`, see [`set_trainable`]; default: neither.
-        kwargs: all other arguments of `PeftModel.from_pretrained`, for both: `revision`, `token`, ...
-
-    Returns:
-        `PeftModel`: with the SPON adapter `"default"`.
-
-    Raises:
-        `ValueError`: a model that has adapters already, as many folders as names are not given, damaged files, two
-            that do not belong together, something else than a SPON adapter as `spon`, a LoRA that cannot lie beneath
-            SPON. `OSError`: files that are not there.
-        `TypeError`: arguments in another order.
-    """
-    call, paths = "load_with_lora(model, spon, lora)", (str, os.PathLike)
-    expect(call, "model", model, nn.Module, "the base model")
-    expect(call, "spon", spon, paths, "folder or Hub id of the SPON adapter")
-    expect(call, "lora", lora, (*paths, list, type(None)), "folder or Hub id of the LoRA")
-    expect(call, "adapter_name", adapter_name, (str, list), "the LoRA's name")
-    if trainable is not None:
-        check_trainable(trainable)
-    if isinstance(model, PeftModel) or spon_layers(model) or lora_layers(model):
-        raise ValueError(
-            "The model has adapters already, and this loads onto a plain base. Give it the base. Another LoRA "
-            "beneath SPON: add_lora(model, LoraConfig.from_pretrained(folder), n); model.load_adapter(folder, n)."
-        )
-    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-    given = list(lora) if isinstance(lora, list) else [lora]
-    folders = [spon] * len(names) if lora is None else given
-    if len(folders) != len(names):
-        raise ValueError(f"lora has {len(folders)} entries and adapter_name {names}; give one name for each.")
-    places = [{"subfolder": name} if lora is None else {} for name in names]
-    hub = {key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS}
-    named, move = named_loras(spon, **hub), False
-    for folder, name, place in zip(folders, names, places, strict=True):
-        saved = SavedLora(folder, name, place.get("subfolder"), hub)
-        saved.check_belongs(spon, named)
-        saved.check_tensors(model)
-        move = move or moves_weights(saved.config)
-    with restored_on_error(model, move):
-        loaded = PeftModel.from_pretrained(model, folders[0], names[0], **places[0], **kwargs)
-        for folder, name, place in zip(folders[1:], names[1:], places[1:], strict=True):
-            loaded.load_adapter(folder, name, **place, **kwargs)
-        loaded = PeftModel.from_pretrained(loaded, spon, **kwargs)
-        if trainable is not None:
-            set_trainable(loaded, trainable)
-    return loaded
-
-
-def save_lora(
-    model: PeftModel,
-    save_directory: str | os.PathLike,
-    adapter_name: str = LORA_NAME,
-    *,
-    repo_id: str | None = None,
-    **kwargs: Any,
-) -> None:
-    """
-    Save a LoRA alone, at the top of a folder: what PEFT loads onto the plain base, with or without peft_spon.
-
-    Writes the LoRA's weights, configuration and card, and uploads these three, whatever else lies in the folder. While
-    it writes over an earlier LoRA, the folder holds no configuration, so that a mixture never loads.
-
-    Args:
-        model (`PeftModel`): a model with SPON and LoRA.
-        save_directory (`str`): folder, created if need be.
-        adapter_name (`str`, *optional*, defaults to `"task"`): which LoRA.
-        repo_id (`str`, *optional*): also push the LoRA to this repository on the Hub.
-        kwargs: of `HfApi.create_repo`, for `repo_id`: `private`, `token`.
-
-    Raises:
-        `ValueError`: there is no LoRA of that name; the folder or the repository holds a model or another kind of
-            adapter, which the LoRA would overwrite. Nothing is written then.
-        `TypeError`: arguments in another order.
-    """
-    call = "save_lora(model, save_directory)"
-    expect(call, "model", model, PeftModel, "the PeftModel with SPON and LoRA")
-    expect(call, "save_directory", save_directory, (str, os.PathLike), "a folder")
-    if adapter_name not in lora_names(model.peft_config):
-        raise ValueError(f"There is no LoRA {adapter_name!r}; the model has {lora_names(model.peft_config)}.")
-    folder, find_there = Path(save_directory), partial(_from_hub, repo_id, kwargs.get("token"))
-    check_room(str(folder), lambda name: folder / name if (folder / name).is_file() else None)
-    if repo_id is not None:
-        check_room(repo_id, find_there)
-    config, spon = model.peft_config[adapter_name], model.peft_config[model.active_adapters[0]]
-    with tempfile.TemporaryDirectory() as elsewhere:
-        model.save_pretrained(elsewhere, selected_adapters=[adapter_name])
-        written = Path(elsewhere, "" if adapter_name == "default" else adapter_name)
-        with written_aside(folder) as aside:
-            for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
-                shutil.copyfile(written / name, aside / name)
-            move_into_place(aside, folder, CONFIG_NAME)
-        lora_card(folder, config, spon, repo_id)
-        if repo_id is None:
-            return
-        # PEFT's empty card, if it is here, makes room for ours; one that somebody has written on the Hub stays.
-        for path in written.iterdir():
-            if path.name not in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
-                path.unlink()
-        card = find_there("README.md")
-        if card is not None:
-            shutil.copyfile(card, written / "README.md")
-        lora_card(written, config, spon, repo_id)
-        api = HfApi(token=kwargs.get("token"))
-        api.create_repo(repo_id, exist_ok=True, **kwargs)
-        api.upload_folder(repo_id=repo_id, folder_path=written)
-
-
-def _from_hub(repo_id: str, token: str | bool | None, name: str) -> Path | None:
-    """A file of a repository, or None if there is none, or no such repository yet."""
-    try:
-        return Path(hf_hub_download(repo_id, name, token=token))
-    except (EntryNotFoundError, RepositoryNotFoundError):
-        return None
-
-
-def check_room(where: str, find: Callable[[str], Path | None]) -> None:
-    """Raises `ValueError` if a LoRA's files would overwrite or hide what is there.
-
-    Args:
-        where (`str`): folder or repository, for the error message.
-        find (`Callable`): gives the path of one of its files, or None.
-    """
-    if find("config.json") is not None:
-        raise ValueError(f"{where} holds a model (config.json); save the LoRA into a folder of its own.")
-    path = find(CONFIG_NAME)
-    if path is None:
-        return
-    try:
-        kind = json.loads(path.read_bytes())["peft_type"]
-    except (ValueError, KeyError, TypeError):
-        kind = "unreadable"
-    if kind != PeftType.LORA.value:
-        raise ValueError(
-            f"{where} holds an adapter of another kind ({CONFIG_NAME}: {kind}), which the LoRA would overwrite; save "
-            "the LoRA into a folder of its own."
-        )
+def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs

@@ -27,6 +27,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ._version import __version__
+from .base_layer import has_plain_weight
 from .cards import keep_card_on_hub, merged_card, replaceable_card
 from .checksums import fields_checksum, fingerprint, in_threads, is_same_weight, tensors_checksum, weight_hashes
 from .config import check_prefill, check_sparsity, check_version, make_criterion
@@ -34,7 +35,6 @@ from .criteria import Sparsifier
 from .files import move_into_place, written_aside
 from .prefill import follow_prompts, layers_with_prefill
 from .sparse_linear import REPAIR, LayerSettings, SparseMixin, make_sparse, merged_specs
-from .weights import has_plain_weight
 
 
 logger = logging.get_logger(__name__)

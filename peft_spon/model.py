@@ -3,42 +3,27 @@
 """SPON as a PEFT tuner: finds the linear layers, wraps them, checks what is loaded."""
 
 import copy
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, set_adapter
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from ._peft import check_target_module_exists
+from .base_layer import has_plain_weight, linear_sizes
 from .config import SponConfig, check_sparsity
-from .layer import Place, SponLayer, SponLinear
+from .containers import Place
+from .layer import SponLayer, SponLinear
 from .loading import checked, module_keys, modules_checksum, own_checksum, undo_load
-from .lora import (
-    active_lora,
-    apply_trainable,
-    check_biases,
-    check_finite,
-    delete_lora,
-    lora_checksums,
-    lora_layers,
-    lora_names,
-    lora_taken_over,
-    model_inside,
-    set_auxiliary,
-    trainable_choice,
-)
+from .lora import OverLora, check_can_be_reference
+from .lora_files import lora_checksums
 from .merged import prepare_saving
 from .modes import keep_switched_off
 from .peft_model import save_and_load_checked
 from .prefill import follow_prompts
-from .sites import adapter_config, outer_modules, plain_name, resolve_adapter, spon_layers
+from .sites import adapter_config, change_config, is_new, outer_modules, resolve_adapter, spon_layers
 from .sparse_linear import fold_scale
+from .taking_over import compile_in_place, earlier_spon_taken_out
 from .targets import (
     all_linear,
     check_matches,
@@ -48,16 +33,18 @@ from .targets import (
     layer_sparsity,
     matches,
 )
-from .weights import has_plain_weight, linear_sizes
 
 
-class SponModel(BaseTuner):
+class SponModel(OverLora, BaseTuner):
     """
     A model whose targeted linear layers compute `y = W (S(x) + anchor) + b` (SPON, arXiv 2512.12744).
 
     Made by `peft.get_peft_model(model, SponConfig(...))`; see [`SponConfig`] for the dials. Another adapter with the
     configuration that one has in the model, `model.add_adapter("ref", model.peft_config["default"])`, is its copy:
     anchors, gains and thresholds. TRL's preference trainers make their reference that way.
+
+    The configuration is found as `model.peft_config["default"]`, the user's own object. Calibration and the dial put a
+    changed copy in its place, so that one object can serve several models.
 
     Args:
         model (`torch.nn.Module`): the model to adapt; its weights are frozen and never changed.
@@ -84,43 +71,28 @@ class SponModel(BaseTuner):
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         given, model = model, compile_in_place(model)
         is_new_model = isinstance(peft_config, dict)  # of get_peft_model; injecting adds to what is in the model
-        config = peft_config[adapter_name] if is_new_model else peft_config
-        trained = {plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
-        with (
-            earlier_spon_taken_out(model, None if is_new_model else adapter_name),
-            lora_taken_over(model, adapter_name, config) as (inner, taken),
-        ):
-            super().__init__(inner, peft_config, adapter_name, *args, **kwargs)
-        self.taken_over, self.trained_before = taken, trained
+        with earlier_spon_taken_out(model, None if is_new_model else adapter_name):
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         save_and_load_checked(self)
-        if inner is not given:  # PEFT reads the name off the model it was given
-            self.peft_config[adapter_name].base_model_name_or_path = vars(inner).get("name_or_path") or None
-
-    def give_back(self) -> None:
-        """Once all SPON layers are out again: the model as it was, its LoRA and what of it is trained included."""
-        if self.taken_over:
-            self.taken_over.give_back()
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in self.trained_before)
+        if self.model is not given:  # PEFT reads the name off the model it was given
+            self.peft_config[adapter_name].base_model_name_or_path = vars(self.model).get("name_or_path") or None
 
     def _check_new_adapter_config(self, config: SponConfig) -> None:
         config.check_speed([name for name, _ in self.model.named_modules()])  # before PEFT matches anything
         super()._check_new_adapter_config(config)
 
     def _prepare_adapter_config(self, peft_config: SponConfig, model_config: dict) -> SponConfig:
-        # A copy: calibration and the dial write into it, and the user's object may serve several adapters. That of an
-        # adapter in this model is how TRL's preference trainers add a copy of it as their reference.
-        if peft_config.modules_to_save or peft_config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
-            # PEFT adds heads to the list of the user's object, some after this: one list for both, each name once.
-            peft_config.modules_to_save = list(dict.fromkeys(peft_config.modules_to_save or []))
-        own = copy.copy(peft_config)
-        own._is_new = True
+        # As with PEFT's own methods, the user's object is the adapter's configuration. It may serve several adapters:
+        # what calibration and the dial change, they change in a copy (sites.change_config). That of an adapter in
+        # this model is how TRL's preference trainers add a copy of it as their reference.
+        if peft_config.modules_to_save:  # PEFT adds heads to the user's object for each model
+            peft_config.modules_to_save = list(dict.fromkeys(peft_config.modules_to_save))
         *others, name = [name for name, config in self.peft_config.items() if config is peft_config]
-        if others:
-            check_can_be_reference(self.model, others[0], name)
-        own._copy_of = others[0] if others else None
-        self.peft_config[name] = own
-        return own
+        self._copy_of = others[0] if others else None
+        if self._copy_of is not None:
+            check_can_be_reference(self.model, self._copy_of, name)
+            self.peft_config[name] = copy.copy(peft_config)
+        return self.peft_config[name]
 
     def _prepare_model(self, peft_config: SponConfig, model: nn.Module) -> None:
         """Resolve the default targets and check everything that can be wrong before a layer is touched."""
@@ -155,11 +127,10 @@ class SponModel(BaseTuner):
         has_anchor = matches(peft_config.anchor_modules, current_key)
         if isinstance(target, SponLayer):
             target.update_layer(adapter_name, peft_config, sparsity, has_anchor)
-            if peft_config._copy_of in target.spon_settings:
-                target.copy_adapter(peft_config._copy_of, adapter_name)
+            if self._copy_of in target.spon_settings:
+                target.copy_adapter(self._copy_of, adapter_name)
             return
         layer = SponLinear(target, adapter_name, peft_config, sparsity, has_anchor)
-        layer.trainable_choice = trainable_choice(self.model)
         layer.place = Place(parent, target_name)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -168,50 +139,6 @@ class SponModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version hands the child's weight on, which layers without a `.weight` do not have.
         setattr(parent, child_name, new_module)
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
-        """Let `model(..., adapter_names=[...])` and `generate` choose one adapter per sample of the batch."""
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None:
-            yield
-            return
-        if self.training:
-            raise ValueError("adapter_names chooses adapters for inference; call model.eval() first.")
-        unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
-        if unknown:
-            raise ValueError(
-                f"adapter_names has {sorted(unknown)} but the adapters are {sorted(self.peft_config)}; '__base__' "
-                "stands for the model without them: without SPON, or, beside names of LoRAs, without LoRA."
-            )
-        lora = set(lora_names(self.peft_config))
-        if set(adapter_names) != {"__base__"}:  # rows that all want no LoRA, as in a batch where others want one
-            lora &= set(adapter_names)
-        if lora and set(adapter_names) - lora - {"__base__"}:
-            raise ValueError(
-                f"adapter_names is {adapter_names}: name LoRA adapters ({sorted(lora)}), or SPON adapters, not both; "
-                "the other kind stays as it is."
-            )
-        kind = LoraLayer if lora else SponLayer
-        of_kind = lora or set(self.peft_config) - set(lora_names(self.peft_config))
-        chosen = set(adapter_names) & of_kind or of_kind  # all rows "__base__": whatever is active is off
-        beams = kwargs.get("num_beams") or 1
-        repeated = [name for name in adapter_names for _ in range(beams)]
-        encoder = self.model.get_encoder() if self.get_model_config(self.model).get("is_encoder_decoder") else None
-        in_encoder = set(encoder.modules()) if encoder is not None else set()
-        handles = []
-        for module in self.modules():
-            is_wrapper = isinstance(module, AuxiliaryTrainingWrapper) and module._adapters & chosen
-            if isinstance(module, kind) or is_wrapper:
-                # Beam search repeats the rows that the decoder sees; the encoder ran before that.
-                names = list(adapter_names) if module in in_encoder else repeated
-                hook = partial(_pass_adapter_names, adapter_names=names)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """
@@ -227,7 +154,6 @@ class SponModel(BaseTuner):
             `ValueError`: with `safe_merge`, something is NaN or infinite; a LoRA with `lora_bias` on layers without
                 bias. Nothing is merged then.
         """
-        check_biases(lora_layers(self.model), adapter_names)
         layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         before = {layer: list(layer.merged_adapters) for layer in layers}
         try:
@@ -263,7 +189,6 @@ class SponModel(BaseTuner):
             `ValueError`: with `safe_merge`, something is NaN or infinite; with `fold_gain`, quantised weights; a LoRA
                 with `lora_bias` on layers without bias.
         """
-        check_biases(lora_layers(self.model), adapter_names)
         layers = spon_layers(self.model)
         for name, layer in layers.items():
             if fold_gain and layer.spon_gain and not has_plain_weight(layer.get_base_layer()):
@@ -274,10 +199,6 @@ class SponModel(BaseTuner):
             names = layer.names_to_merge(adapter_names)
             if safe_merge and names:
                 layer.merged_repair(names, safe_merge)
-        if safe_merge:
-            check_finite(lora_layers(self.model))
-        if adapter_names is not None and lora_layers(self.model):
-            set_auxiliary(self.model, adapter_names)  # the modules_to_save of what is merged, not of the rest
         model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         if vars(model).get("_hf_peft_config_loaded"):
             model._hf_peft_config_loaded = False  # no adapter is left that transformers' add_adapter had put there
@@ -287,55 +208,15 @@ class SponModel(BaseTuner):
         prepare_saving(model)
         return model
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """
-        Choose the active adapters. With LoRA beneath: those of the kind that is named; the other kind stays as it is.
-
-        Args:
-            adapter_name (`str` or `list[str]`): SPON adapters, LoRA adapters, or both.
-            inference_mode (`bool`, *optional*, defaults to `False`): freeze them.
-        """
-        wanted = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        lora = [name for name in wanted if name in lora_names(self.peft_config)]
-        spon = [name for name in wanted if name not in lora]
-        active = active_lora(self.model)
-        if lora:
-            set_adapter(self.model, lora, inference_mode=inference_mode, layer_cls=LoraLayer)
-        if spon or not lora:
-            super().set_adapter(adapter_name if not lora else spon, inference_mode)
-        if lora or active:
-            set_auxiliary(self.model, [*self.active_adapters, *(lora or active)], inference_mode)
-
     def enable_adapter_layers(self) -> None:
-        """As PEFT's; what is trained stays as `set_trainable` chose it, and open `dense_mode` blocks stay dense."""
+        """As PEFT's; open `dense_mode` blocks stay dense."""
         super().enable_adapter_layers()
-        choice = trainable_choice(self.model)
-        if choice is not None and active_lora(self.model):
-            apply_trainable(self.model, choice)
         keep_switched_off(self.model, enabled=True)
 
     def disable_adapter_layers(self) -> None:
         """As PEFT's; `dense_mode` blocks that are open leave the layers off when they end."""
         super().disable_adapter_layers()
         keep_switched_off(self.model, enabled=False)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete a SPON adapter, or a LoRA beneath; with the last LoRA its layers go, too.
-
-        Args:
-            adapter_name (`str`): its name.
-
-        Raises:
-            `ValueError`: unknown, or merged.
-        """
-        if adapter_name not in lora_names(self.peft_config):
-            active = active_lora(self.model)
-            super().delete_adapter(adapter_name)
-        else:
-            delete_lora(self.model, adapter_name)
-            active = active_lora(self.model)
-        if active:
-            set_auxiliary(self.model, [*self.active_adapters, *active])
 
     def set_sparsity(
         self, sparsity: float, pattern: dict[str, float] | None = None, adapter_name: str | None = None
@@ -353,6 +234,13 @@ class SponModel(BaseTuner):
             `ValueError`: a sparsity outside [0, 1), a pattern that matches no layer, an unknown adapter.
         """
         set_sparsity(self.model, sparsity, pattern, adapter_name)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # What PEFT's methods call once an adapter is there. S's state is fp32 in either case.
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for layer in spon_layers(self.model).values():
+                layer.cast_to_base(adapter_name)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -390,104 +278,11 @@ class SponModel(BaseTuner):
         try:
             remapped = checked(model, adapter_name, state_dict, remapped, checksums, config._sizes_are_fixed)
         except ValueError:
-            if config._is_new:
+            if is_new(model, adapter_name):
                 undo_load(model, adapter_name)
             raise
-        config._is_new = False
+        adapter_config(model, adapter_name)  # it is in use now
         return remapped
-
-
-def check_can_be_reference(model: nn.Module, source: str, name: str) -> None:
-    """Raises `ValueError` if a copy of an adapter could not be a reference: the LoRA beneath belongs to both."""
-    parameters = [p for layer in lora_layers(model) for key, p in layer.named_parameters() if "lora_" in key]
-    if any(parameter.requires_grad for parameter in parameters):
-        raise ValueError(
-            f"Adapter {name!r} would be a copy of {source!r} (as TRL's preference trainers add it for a reference), "
-            "but the LoRA beneath SPON, which is trained, would be part of both. Give the trainer a ref_model of its "
-            "own, load_with_lora(base, folder).get_base_model(); where it takes none (GRPO), use beta=0.0, or freeze "
-            'the LoRA: set_trainable(model, "anchors").'
-        )
-
-
-def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
-    kwargs["adapter_names"] = adapter_names
-    return args, kwargs
-
-
-def compile_in_place(model: nn.Module) -> nn.Module:
-    """The model without the wrappers of `torch.compile`, which change all names below them, also in files.
-
-    What they wrap stays compiled, as `module.compile()` does it.
-    """
-    for parent in list(model.modules()):
-        for child, module in list(parent.named_children()):
-            if "_orig_mod" in module._modules:
-                setattr(parent, child, compile_in_place(module))
-    if "_orig_mod" not in model._modules:
-        return model
-    inner = model._orig_mod
-    inner._compiled_call_impl = model.dynamo_ctx(inner._call_impl)
-    return inner
-
-
-@contextmanager
-def earlier_spon_taken_out(model: nn.Module, only: str | None) -> Iterator[None]:
-    """
-    Take SPON adapters out of a model on which `get_peft_model` is called again: their layers would go on acting.
-
-    Such a call is a notebook's cell that is run again, on the base model that it has changed before. If the body
-    raises, the layers are back. A `PeftModel` with SPON is left alone, see [`lora.lora_taken_over`].
-
-    Args:
-        model (`torch.nn.Module`): what the user hands to `get_peft_model`.
-        only (`str`, *optional*): take out the adapter of this name and leave the others; default: all.
-    """
-    inner = model_inside(model)
-    layers = list(spon_layers(inner).values())
-    configs: dict[str, PeftConfig] = getattr(inner, "peft_config", {})
-    held = {name for layer in layers for name in layer.spon_settings}
-    held |= {name for name, config in configs.items() if isinstance(config, SponConfig)}
-    gone = held if only is None else held & {only}
-    is_spon_model = isinstance(model, PeftModel) and isinstance(model.base_model, SponModel)
-    if is_spon_model or not layers or (only is not None and not gone):
-        yield
-        return
-    places, before, merged = [], dict(configs), [(layer, list(layer.merged_adapters)) for layer in layers]
-    for parent in list(inner.modules()):
-        for child, module in list(parent.named_children()):
-            if isinstance(module, SponLayer) and set(module.spon_settings) <= gone:
-                places.append((parent, child, module, module.base_layer))
-            elif isinstance(module, AuxiliaryTrainingWrapper) and module._adapters and module._adapters <= gone:
-                places.append((parent, child, module, module.original_module))
-    for layer in layers:
-        layer.unmerge()
-    for parent, child, _, plain in places:
-        setattr(parent, child, plain)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
-        for name in gone:
-            configs.pop(name, None)
-            for layer in spon_layers(inner).values():
-                layer.delete_adapter(name)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            yield
-    except BaseException:
-        for parent, child, module, _ in places:
-            setattr(parent, child, module)
-        for layer, names in merged:
-            if names:
-                layer.merge(adapter_names=names)
-        configs.clear()
-        configs.update(before)
-        raise
-    warnings.warn(
-        f"The model held SPON layers of an earlier call (adapters {sorted(gone)}); they were taken out, and what is "
-        "new is there alone. Save an adapter before you put another one on the same model, or use "
-        "model.add_adapter('name', config) to have several.",
-        stacklevel=3,
-    )
 
 
 def set_sparsity(
@@ -501,5 +296,4 @@ def set_sparsity(
     check_matches("sparsity_pattern", pattern, list(layers))
     for key, layer in layers.items():
         layer.set_sparsity(name, layer_sparsity(sparsity, pattern, key))
-    config = adapter_config(model, name)
-    config.sparsity, config.sparsity_pattern = sparsity, dict(pattern)
+    change_config(model, name, sparsity=sparsity, sparsity_pattern=dict(pattern))

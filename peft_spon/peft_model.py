@@ -21,11 +21,11 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 
-from .cards import keep_card_on_hub
+from .cards import keep_card_on_hub, without_local_base
 from .config import SponConfig, adapter_card_for_hub
 from .loading import find_file_problem, module_keys, undo_load
-from .lora import HUB_ARGUMENTS, load_loras_along
-from .sites import plain_name, spon_layers
+from .lora_files import HUB_ARGUMENTS, load_loras_along
+from .sites import is_new, plain_name, spon_layers
 
 
 def save_and_load_checked(tuner: BaseTuner) -> None:
@@ -77,6 +77,8 @@ def save_adapters(
     if any(isinstance(model.peft_config.get(name), SponConfig) for name in names):
         check_no_pickle(safe_serialization)
     type(model).save_pretrained(model, save_directory, safe_serialization, selected_adapters, *args, **kwargs)
+    if Path(save_directory, "README.md").exists():  # PEFT's, where only adapters in subfolders are saved
+        without_local_base(save_directory)
 
 
 def save_injected(model: PreTrainedModel, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> Any:
@@ -117,9 +119,9 @@ def load_adapter(model: PeftModel, model_id: str | os.PathLike, adapter_name: st
 
 def _load_checked(model: PeftModel, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
     plain, known = type(model).load_adapter, model.peft_config.get(adapter_name)
+    is_made_for_this = is_new(model, adapter_name)
     if known is not None and not isinstance(known, SponConfig):
         return plain(model, model_id, adapter_name, *args, **kwargs)  # a LoRA beneath
-    is_new = known is None or known._is_new
     try:
         folder = Path(model_id, kwargs.get("subfolder") or "")
         if folder.is_dir() and (problem := find_file_problem(folder)):
@@ -131,7 +133,7 @@ def _load_checked(model: PeftModel, model_id: str | os.PathLike, adapter_name: s
         with errors_named(model, model_id, adapter_name):
             return plain(model, model_id, adapter_name, *args, **kwargs)
     except BaseException:
-        if is_new:
+        if is_made_for_this:
             undo_load(model, adapter_name)
         raise
     finally:

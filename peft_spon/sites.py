@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a model is sparse: its layers with adapters and its merged layers, by their names in the plain model."""
 
+import copy
 from collections.abc import Iterator
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -85,10 +87,25 @@ def resolve_adapter(
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> SponConfig:
-    """The configuration of an adapter, in a PeftModel as in a transformers model with `add_adapter`."""
-    config = model.peft_config[adapter_name]
-    config._is_new = False
-    return config
+    """The configuration of an adapter, in a PeftModel as in a transformers model with `add_adapter`, to work with it:
+    from here on a load over it that fails leaves it there."""
+    for layer in spon_layers(model).values():
+        if adapter_name in layer.spon_settings:
+            layer.adapters_run.add(adapter_name)
+    return model.peft_config[adapter_name]
+
+
+def change_config(model: nn.Module, adapter_name: str, **fields: Any) -> None:
+    """Set fields of an adapter's configuration, in a copy that takes its place: the user's object may serve others."""
+    config = copy.copy(adapter_config(model, adapter_name))
+    for name, value in fields.items():
+        setattr(config, name, value)
+    model.peft_config[adapter_name] = config
+
+
+def is_new(model: nn.Module, adapter_name: str) -> bool:
+    """Whether a SPON adapter was just put into a model and holds no work yet."""
+    return not any(adapter_name in layer.adapters_run for layer in spon_layers(model).values())
 
 
 def resolve_sites(model: nn.Module, adapter_name: str | None) -> tuple[str | None, dict[str, Site]]:

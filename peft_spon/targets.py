@@ -11,15 +11,14 @@ from collections.abc import Iterable
 from functools import cache
 
 from peft import TaskType
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 
+from ._peft import check_target_module_exists, get_pattern_key, include_all_linear_layers
+from .base_layer import is_linear
 from .config import SponConfig
 from .loading import preview
 from .sites import outer_modules
-from .weights import is_linear
 
 
 # PEFT adds these to the modules_to_save of classifiers by itself; a model has one of them at most.
@@ -61,7 +60,7 @@ def default_targets(config: SponConfig, model: nn.Module) -> set[str]:
 
 def all_linear(config: SponConfig, model: nn.Module) -> set[str]:
     """What PEFT means by "all-linear", without heads that it trains and layers whose weight is read without a call."""
-    names = _maybe_include_all_linear_layers(copy.copy(config), model).target_modules
+    names = include_all_linear_layers(copy.copy(config), model).target_modules
     if config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
         names = {name for name in names if name.rpartition(".")[2] not in HEADS}
     return names - set(never_called(model, names))

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from peft_spon import SponConfig, dense_mode, every_token_sparse, without_anchors
+from peft_spon.base_layer import prepared_state
 from peft_spon.criteria import CRITERIA, Criterion
-from peft_spon.weights import prepared_state
 
 
 MASKS = sorted(name for name, c in CRITERIA.items() if c.decode is Criterion.decode)

@@ -15,6 +15,7 @@ from test_trainer import tokenizer  # noqa: F401  (a fixture)
 from transformers import TrainerCallback
 
 from peft_spon import SponConfig, add_lora, dense_mode, load_with_lora, set_trainable, without_lora
+from peft_spon.lora import trainable_choice
 from peft_spon.sites import spon_layers
 
 
@@ -35,7 +36,7 @@ def snapshot(model):
         sorted(model.peft_config),
         [(name, p.requires_grad) for name, p in model.named_parameters()],
         [list(m.active_adapters) for m in model.modules() if isinstance(m, (LoraLayer, AuxiliaryTrainingWrapper))],
-        [layer.trainable_choice for layer in spon_layers(model).values()],
+        trainable_choice(model),
     )
 
 

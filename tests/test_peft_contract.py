@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """PEFT's own contract, on every model family: what a LoRA user does must work the same with SPON."""
 
+import collections
 import copy
 import json
 import math
@@ -11,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from huggingface_hub import ModelCard
 from models import GENERATE, MODELS, SMALL, VOCAB, build, inputs, logits
 from packaging.version import Version
 from peft import (
@@ -178,13 +180,13 @@ def test_one_batch_with_several_adapters(family):
         alone["__base__"] = logits(model, family)
     names = ["other", "__base__", "default"]
     if family == "opt":  # flattens batch and tokens before its MLP, where rows can no longer be told apart
-        with pytest.raises(ValueError, match="has 3 entries but this layer's input has 21 rows"):
+        with pytest.raises(ValueError, match="but got 3 and 21 respectively"):
             logits(model, family, adapter_names=names)
         return
     mixed = logits(model, family, adapter_names=names)
     for row, name in enumerate(names):
         torch.testing.assert_close(mixed[row], alone[name][row], atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match=r"\['wrong'\] but the adapters are \['default', 'other'\]"):
+    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): wrong. The adapters are \['default', 'other'\]"):
         logits(model, family, adapter_names=["wrong"] * 3)
 
 
@@ -398,3 +400,213 @@ def test_repr_and_status_name_the_layers(llama):
     assert status.adapter_model_type == "SponModel"
     assert status.num_adapter_layers == len(spon_layers(model))
     assert all(isinstance(layer, SponLayer) for layer in spon_layers(model).values())
+
+
+# ---- as with LoRA: the configuration object, what is trained, dtypes, wording, metadata of the card ----------------
+
+
+def lora_and_spon(**kwargs):
+    """The two configurations that must behave alike."""
+    return LoraConfig(target_modules=["q_proj", "down_proj"], **kwargs), random_config(**kwargs)
+
+
+KINDS = pytest.mark.parametrize("kind", [0, 1], ids=["lora", "spon"])
+
+
+@KINDS
+def test_the_users_configuration_is_the_one_in_the_model(kind, tmp_path):
+    config = lora_and_spon(task_type="CAUSAL_LM")[kind]
+    model = get_peft_model(MODELS["llama"](), config)
+    assert model.peft_config["default"] is config
+    model.save_pretrained(tmp_path)
+    assert model.peft_config["default"] is config
+    given = type(config).from_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(MODELS["llama"](), tmp_path, config=given)
+    assert loaded.peft_config["default"] is given
+    again = PeftModel.from_pretrained(MODELS["llama"](), tmp_path, config=given)
+    assert again.peft_config["default"] is given
+    assert torch.equal(logits(again, "llama"), logits(model.eval(), "llama"))
+    assert torch.equal(logits(loaded, "llama"), logits(model, "llama"))
+
+
+@pytest.mark.parametrize("criterion", ["weighted", "larosa", "topk"])
+def test_adapters_of_one_configuration_share_nothing_that_is_written(criterion):
+    config = random_config(criterion=criterion, init_weights=True)
+    wanted = copy.deepcopy(config)
+    first, other = (get_peft_model(MODELS["llama"](), config).eval() for _ in range(2))
+    assert first.peft_config["default"] is other.peft_config["default"] is config
+    first.add_adapter("b", config)
+    before = logits(other, "llama")
+    calibrate(first, [inputs("llama", rows=4, tokens=16)])
+    first.set_sparsity(0.7, {"down_proj": 0.6})
+    changed = first.peft_config["default"]
+    assert (changed.sparsity, changed.sparsity_pattern) == (0.7, {"down_proj": 0.6})
+    assert changed.calibrated == (criterion != "topk")
+    first.add_adapter("late", config)
+    later = get_peft_model(MODELS["llama"](), config).eval()  # the same cell of a notebook, once more
+    for untouched in (config, first.peft_config["b"], first.peft_config["late"], later.peft_config["default"]):
+        assert (untouched.sparsity, untouched.sparsity_pattern, untouched.calibrated) == (0.4, {}, wanted.calibrated)
+    assert torch.equal(logits(other, "llama"), before)
+    assert torch.equal(logits(later, "llama"), before)
+    for name in ("b", "late"):
+        first.set_adapter(name)
+        assert torch.equal(logits(first, "llama"), before)
+        first.set_sparsity(0.2)
+    assert changed.sparsity == first.peft_config["default"].sparsity == 0.7
+
+
+def test_modules_to_save_that_peft_adds_stand_in_the_users_configuration():
+    config = random_config(task_type="TOKEN_CLS")
+    model = get_peft_model(bert_for("TOKEN_CLS"), config)
+    assert model.peft_config["default"] is config
+    assert config.modules_to_save == ["classifier", "score"]
+
+
+def trained_adapters(model):
+    return {
+        name
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer)
+        for part in module.adapter_layer_names
+        for name, held in getattr(module, part).items()
+        if any(p.requires_grad for p in (held.parameters() if isinstance(held, nn.Module) else [held]))
+    }
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_second_adapter_is_trained_as_with_lora(first, second, low_cpu_mem_usage, tmp_path):
+    found = []
+    for config in lora_and_spon():
+        get_peft_model(MODELS["llama"](), config).save_pretrained(tmp_path / "saved")
+        model = PeftModel.from_pretrained(MODELS["llama"](), tmp_path / "saved", is_trainable=first)
+        steps = []
+        model.load_adapter(tmp_path / "saved", "b", is_trainable=second, low_cpu_mem_usage=low_cpu_mem_usage)
+        steps.append((trained_adapters(model), model.active_adapters, model.training))
+        model.set_adapter("b")
+        steps.append((trained_adapters(model), model.active_adapters))
+        model.add_adapter("c", lora_and_spon()[len(found)])
+        steps.append((trained_adapters(model), model.active_adapters))
+        model.set_adapter("default", inference_mode=True)
+        steps.append((trained_adapters(model), model.active_adapters))
+        found.append(steps)
+    assert found[1] == found[0]
+    assert found[1][1] == ({"b"}, ["b"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("criterion", ["weighted", "larosa"])
+def test_adapters_in_the_models_dtype(dtype, criterion, tmp_path):
+    def dtypes(model, marks, name="default"):
+        return {t.dtype for key, t in model.state_dict().items() if any(f".{mark}" in key for mark in marks)}
+
+    def check(models, wanted):
+        lora, model = models
+        assert dtypes(model, ["spon_anchor", "spon_gain"]) == dtypes(lora, ["lora_"]) == {wanted}
+        states = {f"spon_{part}" for layer in spon_layers(model).values() for part in layer.state_names}
+        assert dtypes(model, states) == {torch.float32}
+
+    def base():
+        return MODELS["llama"]().to(dtype)
+
+    configs = lora_and_spon()[0], random_config(criterion=criterion)
+    models = [get_peft_model(base(), config, autocast_adapter_dtype=False).eval() for config in configs]
+    calibrate(models[1], [inputs("llama", rows=4, tokens=16)])
+    check(models, dtype)
+    for model, config in zip(models, configs, strict=True):
+        model.add_adapter("b", config, autocast_adapter_dtype=False)
+    check(models, dtype)
+    assert all(p.requires_grad for n, p in models[1].named_parameters() if n.endswith("spon_anchor.default"))
+    for low_cpu_mem_usage in (False, True):
+        options = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": low_cpu_mem_usage}
+        loaded = []
+        for kind, model in enumerate(models):
+            model.save_pretrained(tmp_path / str(kind), selected_adapters=["default"])
+            loaded.append(PeftModel.from_pretrained(base(), tmp_path / str(kind), **options).eval())
+        check(loaded, dtype)
+        assert torch.equal(logits(loaded[1], "llama"), logits(models[1], "llama"))
+        loaded[1].load_adapter(tmp_path / "1", "c", autocast_adapter_dtype=False)
+        check(loaded, dtype)
+    check([model.float() for model in loaded], torch.float32)
+    y = logits(models[1], "llama")
+    models[1].train()(**inputs("llama")).logits.square().mean().backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in models[1].named_parameters() if n.endswith("spon_anchor.default"))
+    models[1].eval().merge_adapter()
+    torch.testing.assert_close(logits(models[1], "llama"), y, atol=0.3, rtol=0.05)
+    models[1].unmerge_adapter()
+    merged = models[1].merge_and_unload()
+    assert dtypes(merged, ["spon_input_scale"]) <= {torch.float32}
+    torch.testing.assert_close(logits(merged, "llama"), y, atol=0.3, rtol=0.05)
+
+
+def test_by_default_adapters_stay_fp32_when_the_model_is_cast(llama):
+    model = get_peft_model(llama, random_config()).to(torch.bfloat16)
+    assert {p.dtype for n, p in model.named_parameters() if "spon_" in n} == {torch.float32}
+
+
+class Names(collections.UserList):
+    def __init__(self, names=("default",) * 3):
+        super().__init__(names)
+
+
+def misuse(model, how):
+    ids = inputs("llama")["input_ids"]
+    if how == "training":
+        model.train()
+    if how == "merged":
+        model.merge_adapter()
+    names = {"unknown": ["x", "default", "__base__"], "length": ["default"]}.get(how, ["default"] * 3)
+    if how == "no list":
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, adapter_names=Names(), num_beams=2, max_new_tokens=2)
+    return model(ids, adapter_names=names)
+
+
+@pytest.mark.parametrize("how", ["training", "merged", "unknown", "length", "no list"])
+def test_misuse_of_adapter_names_is_refused_in_the_words_of_peft(how):
+    lora, spon = (get_peft_model(MODELS["llama"](), config).eval() for config in lora_and_spon())
+    with pytest.raises((ValueError, TypeError)) as wanted:
+        misuse(lora, how)
+    with pytest.raises(type(wanted.value)) as found:
+        misuse(spon, how)
+    assert str(found.value).startswith(str(wanted.value).removesuffix("."))
+
+
+def card_metadata(folder):
+    data = ModelCard.load(folder / "README.md").data
+    return data.base_model, data.library_name, data.pipeline_tag, set(data.tags) - {"lora", "spon"}
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_the_card_names_the_base_model_where_pefts_own_does(task_type, tmp_path):
+    def base(name):
+        model = MODELS["llama"]()
+        model.name_or_path = model.config._name_or_path = name
+        return model
+
+    found = []
+    for kind, config in enumerate(lora_and_spon(task_type=task_type)):
+        model = get_peft_model(base("organisation/base"), config)
+        model.add_adapter("b", lora_and_spon(task_type=task_type)[kind])
+        folder = tmp_path / str(kind)
+        model.save_pretrained(folder)
+        model.save_pretrained(folder / "only-b", selected_adapters=["b"])
+        loaded = PeftModel.from_pretrained(base("organisation/other"), folder)
+        loaded.save_pretrained(folder / "again")
+        found.append([card_metadata(folder / part) for part in ("", "only-b", "again")])
+    ours = [(*card[:3], card[3] - {"activation-sparsity"}) for card in found[1]]
+    assert ours == found[0]
+    assert card_metadata(tmp_path / "1" / "b")[0] == "organisation/base"
+    assert "base_model:adapter:organisation/base" in card_metadata(tmp_path / "1" / "b")[3]
+
+
+@pytest.mark.parametrize("selected", [["default"], ["b"], ["default", "b"]])
+def test_no_card_names_a_path_of_this_machine(selected, llama, tmp_path):
+    llama.name_or_path = llama.config._name_or_path = "/home/user/base"
+    model = get_peft_model(llama, random_config())
+    model.add_adapter("b", random_config())
+    model.save_pretrained(tmp_path, selected_adapters=selected)
+    cards = list(tmp_path.rglob("README.md"))
+    assert cards
+    assert all("/home/user" not in card.read_text() for card in cards)

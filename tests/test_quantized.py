@@ -10,10 +10,10 @@ from models import SPECIAL, VOCAB, build
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_spon import SponConfig, add_lora, calibrate, load_with_lora, without_lora
+from peft_spon.base_layer import through_weight
 from peft_spon.modes import differentiable
 from peft_spon.sites import spon_layers
 from peft_spon.sparse_linear import SparseMixin
-from peft_spon.weights import through_weight
 
 
 def four_bit():

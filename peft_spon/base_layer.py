@@ -5,12 +5,12 @@
 import math
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ._peft import dequantize_module_weight, in_out_features
 from .criteria import Criterion
 from .offload import execution_device, onloaded
 from .sparse_linear import SparseMixin
@@ -38,7 +38,7 @@ def linear_sizes(layer: nn.Module) -> tuple[int, int]:
     elif isinstance(core, nn.Module) and {"in_features", "out_features"} <= vars(core).keys():
         sizes = (core.in_features, core.out_features)
     else:
-        sizes = _get_in_out_features(core)
+        sizes = in_out_features(core)
     if sizes[0] is None:
         raise TypeError(
             f"SPON sparsifies inputs of linear layers, and {type(core).__name__} is none (no in_features and "
