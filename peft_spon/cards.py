@@ -4,6 +4,7 @@
 
 import json
 import os
+import re
 import textwrap
 from collections.abc import Callable
 from functools import partial
@@ -139,6 +140,42 @@ def merged_card(folder: str | os.PathLike, config: Any, name: str) -> None:
         ```
         """
     _save(card, folder, text, "transformers", config._name_or_path)
+
+
+def trainer_card(folder: str | os.PathLike, config: Any, base: str | None, name: str) -> None:
+    """Put what the adapter is and a snippet that loads it into the card that TRL has written after a training.
+
+    Args:
+        folder (`str`): where the card is; its tags, paper, trackers and versions stay.
+        config (`SponConfig`): the adapter's configuration.
+        base (`str`, *optional*): the base model's name or path.
+        name (`str`): by which users will load the adapter.
+    """
+    base = public_name(base)
+    about = (
+        f"A SPON adapter for `{base}`: {config.sparsity:.0%} of the inputs of its linear layers are zeroed at "
+        f"every token (criterion `{config.criterion}`), and trained anchors repair the damage.\n"
+    )
+    quick_start = textwrap.dedent(
+        f"""\
+        ## Quick start
+
+        ```python
+        import peft_spon  # registers SPON with PEFT
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained({quoted(base)})
+        model = PeftModel.from_pretrained(base, {quoted(name)})
+        ```
+
+        """
+    )
+    path = Path(folder, "README.md")
+    card = re.sub(r"This model is a fine-tuned version of .*\n", lambda _: about, path.read_text())
+    card = re.sub(r"## Quick start\n.*?(?=## Training procedure)", lambda _: quick_start, card, flags=re.DOTALL)
+    path.write_text(card)
+    without_local_base(folder)
 
 
 def keep_card_on_hub(model: nn.Module, write: Callable[[str, str], None]) -> None:

@@ -71,14 +71,14 @@ class SelfDistillation:
             if problem:
                 self.lean = False
                 logger.warning(f"The distillation loss holds the logits of all tokens, in fp32: {problem}.")
-        if self.kept_teacher is None:
-            teacher = self._teacher(args, kwargs, counted)
-        else:
-            if not self.kept_teacher:
-                self.kept_teacher.append(self._teacher(args, kwargs, counted))
+        if self.kept_teacher:
             teacher = self.kept_teacher[0]
+        else:
+            teacher = self._teacher(args, kwargs, counted)
+            if self.kept_teacher is not None:
+                self.kept_teacher.append(teacher)
         student = predictions(self._run(args, kwargs), counted)
-        labels = labels.to(student.device)
+        teacher, labels = teacher.to(student.device), labels.to(student.device)
         if not self.lean:
             result = compare_logits(student, teacher, labels, self.temperature)
         else:
@@ -88,9 +88,10 @@ class SelfDistillation:
         return vars(result)
 
     @contextmanager
-    def one_teacher(self):
-        """`with distillation.one_teacher():` all calls inside are for the same batch; the teacher runs once for it."""
-        self.kept_teacher = []
+    def one_teacher(self, kept: list[torch.Tensor]):
+        """`with distillation.one_teacher(kept):` the calls inside are for one batch, with one list: what the teacher
+        gave is put there by the first, and those after it, also in later blocks, do not run the teacher again."""
+        self.kept_teacher = kept
         try:
             yield
         finally:

@@ -29,8 +29,13 @@ def forward_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor, tempe
     """
     student = F.log_softmax(student_logits.float() / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    per_token = F.kl_div(student, teacher, reduction="none", log_target=True)
-    return per_token.masked_fill(teacher.isneginf(), 0).sum(-1)
+    return _kl(student, teacher)
+
+
+def _kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """The same from log-probabilities."""
+    p = teacher.exp()
+    return (p * (teacher - student)).masked_fill(p == 0, 0).sum(-1)
 
 
 def perplexity(nll: float) -> float:
@@ -58,11 +63,43 @@ def compare_logits(
     student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0
 ) -> Distillation:
     """Compare full logits, shape (tokens, vocabulary), for labels of shape (tokens,): the plain, memory-hungry way."""
+    log_p = [F.log_softmax(logits.float(), dim=-1) for logits in (student, teacher)]
     with torch.no_grad():
-        student_nll = F.cross_entropy(student.float(), labels, reduction="none")
-        teacher_nll = F.cross_entropy(teacher.float(), labels, reduction="none")
+        nll = [-values.gather(-1, labels.unsqueeze(-1)).squeeze(-1) for values in log_p]
         agree = student.argmax(-1) == teacher.argmax(-1)
-    return Distillation(forward_kl(student, teacher, temperature), student_nll, teacher_nll, agree)
+    kl = _kl(*log_p) if temperature == 1 else forward_kl(*log_p, temperature)
+    return Distillation(kl, *nll, agree)
+
+
+def sums_by_row(outcome: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    """
+    What is summed of each row of a batch: tokens, KL, student's and teacher's NLL, agreement.
+
+    Args:
+        outcome (`dict`): the fields of a [`Distillation`].
+        labels (`torch.Tensor`): shape (rows, tokens), -100: not counted; the first of a row is never predicted.
+
+    Returns:
+        `torch.Tensor`: fp32, shape (rows, 5).
+    """
+    kl = outcome["kl"].detach()
+    columns = [torch.ones_like(kl), kl, outcome["student_nll"], outcome["teacher_nll"], outcome["agree"]]
+    values = torch.stack([column.float() for column in columns], dim=1)
+    row = (labels[:, 1:] != -100).nonzero()[:, 0].to(values.device)
+    return values.new_zeros(labels.shape[0], len(columns)).index_add_(0, row, values)
+
+
+def means(sums: torch.Tensor) -> dict[str, float]:
+    """Metrics per token, from the sums, shape (5,), of [`sums_by_row`] over rows; none without tokens."""
+    tokens, kl, student_nll, teacher_nll, agree = sums.tolist()
+    if tokens == 0:
+        return {}
+    return {
+        "kl": kl / tokens,
+        "perplexity": perplexity(student_nll / tokens),
+        "dense_perplexity": perplexity(teacher_nll / tokens),
+        "top1_agreement": agree / tokens,
+    }
 
 
 @dataclass(frozen=True)

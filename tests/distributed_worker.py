@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from peft_spon import SponConfig, SponTrainer, SponTrainingConfig
+from peft_spon.divergence import trained_parameters
 from peft_spon.sites import spon_layers
 
 
@@ -102,7 +103,7 @@ def main(out: Path, options: dict) -> None:
     output = trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
     trainer.save_model()
-    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in trainer._trained_parameters()]
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in trained_parameters(trainer.model)]
     report = {
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
         "type": str(trainer.accelerator.distributed_type),

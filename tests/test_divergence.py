@@ -13,7 +13,7 @@ from test_trainer import make, texts, tokenizer  # noqa: F401  (a fixture)
 from transformers import TrainerCallback
 
 from peft_spon import SponConfig
-from peft_spon.layer import spon_layers
+from peft_spon.sites import spon_layers
 from peft_spon.trainer import TrainingDiverged
 
 
@@ -115,6 +115,19 @@ def test_the_mark_is_part_of_the_checkpoint(tmp_path, tokenizer):  # noqa: F811
     assert marks[0]["start"] == straight._watch.start
     assert marks[0]["steps"] == 10
     assert resumed.state.global_step < 25
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_before_a_resumed_training_is_before_its_first_step(tmp_path, tokenizer, held_out):  # noqa: F811
+    def trained(resume=None):
+        trainer = make(tmp_path, tokenizer, save_strategy="steps", save_steps=2, learning_rate=0.2)
+        trainer.eval_dataset = trainer.eval_dataset if held_out else None
+        return trainer.train(resume_from_checkpoint=resume).metrics
+
+    straight, resumed = trained(), trained(str(tmp_path / "checkpoint-2"))
+    assert resumed["kl_before"] == straight["kl_before"]
+    assert resumed["kl_after"] == pytest.approx(straight["kl_after"], rel=1e-6)
+    assert resumed["kl_after"] != pytest.approx(resumed["kl_before"], rel=1e-3)
 
 
 def test_a_checkpoint_without_a_mark_gets_one(tmp_path, tokenizer):  # noqa: F811

@@ -46,6 +46,12 @@ LEVELS = {
     "statistics": 3,
     "distillation": 4,
     "evaluation": 4,
+    "resume": 0.5,
+    "divergence": 3,
+    "batches": 3,
+    "learning_rates": 3.5,
+    "comparison": 3.5,
+    "trainer_config": 0.5,
     "trainer": 4,
     "__init__": 5,
 }

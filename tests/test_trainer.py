@@ -21,7 +21,9 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig
 
 from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, dense_mode
+from peft_spon.comparison import Comparison
 from peft_spon.distillation import without_dropout
+from peft_spon.divergence import trained_parameters
 from peft_spon.losses import forward_kl
 from peft_spon.sites import spon_layers
 from peft_spon.statistics import removed_by_s
@@ -282,8 +284,8 @@ def test_divergence_is_judged_on_the_data_that_is_trained_on_once_a_step(tmp_pat
     trainer = make(tmp_path, tokenizer, eval_data=easy, max_steps=5, gradient_accumulation_steps=3, **rates)
     trainer.train()
     assert trainer._watch.steps == 5
-    assert trainer._watch.start == pytest.approx(trainer._mean_kl(trainer.train_dataset), rel=1e-3)
-    assert trainer._watch.start != pytest.approx(trainer._mean_kl(), rel=0.02)
+    assert trainer._watch.start == pytest.approx(Comparison(trainer, trainer.train_dataset).mean_kl("KL"), rel=1e-3)
+    assert trainer._watch.start != pytest.approx(Comparison(trainer).mean_kl("KL"), rel=0.02)
 
 
 def test_gains_move_little_where_s_removes_little(tmp_path, tokenizer):
@@ -334,7 +336,7 @@ def test_divergence_stops_training_with_the_best_anchors(tmp_path, tokenizer):
     with pytest.raises(TrainingDiverged, match=r"The KL diverges.*Lower learning_rate \(now 50\)"):
         trainer.train()
     assert trainer.state.global_step < 60
-    assert trainer._mean_kl() < 2 * trainer._watch.start
+    assert Comparison(trainer).mean_kl("KL") < 2 * trainer._watch.start
 
 
 def test_held_out_kl_before_and_after(tmp_path, tokenizer, caplog):
@@ -414,11 +416,11 @@ def test_compiled_and_bf16_training(tmp_path, tokenizer):
     plain.train()
     compiled = make(tmp_path, tokenizer, max_steps=2, torch_compile=True, torch_compile_backend="eager")
     compiled.train()
-    for a, b in zip(plain._trained_parameters(), compiled._trained_parameters(), strict=True):
+    for a, b in zip(trained_parameters(plain.model), trained_parameters(compiled.model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     half = make(tmp_path, tokenizer, MODELS["llama"]().bfloat16(), max_steps=2, bf16=True)
     half.train()
-    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in half._trained_parameters())
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in trained_parameters(half.model))
 
 
 def test_the_published_recipe():

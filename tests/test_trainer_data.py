@@ -11,7 +11,7 @@ from test_trainer import make, texts, tokenizer  # noqa: F401  (a fixture)
 from trl import SFTConfig
 
 from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, calibrate
-from peft_spon.layer import spon_layers
+from peft_spon.sites import spon_layers
 
 
 def alarms(caplog):
@@ -40,6 +40,22 @@ def test_no_alarm_without_evidence(tmp_path, tokenizer, caplog, options):  # noq
     )
     if not moves:
         assert {entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry} == {0.0}
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_before_and_after_are_measured_alike_whatever_noise_training_adds(tmp_path, tokenizer, held_out):  # noqa: F811
+    """Without noise, on the same rows; the watch's mark is with the noise that the steps' KL has."""
+    model = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.5, criterion="topk"))
+    still = {"learning_rate": 0.0, "gain_learning_rate": 0.0, "relative_learning_rate": False}
+    found = {}
+    for noise in (None, 30.0):
+        trainer = make(tmp_path, tokenizer, model, eval_data=texts(6), neftune_noise_alpha=noise, **still)
+        trainer.eval_dataset = trainer.eval_dataset if held_out else None
+        found[noise] = {**trainer.train().metrics, "mark": trainer._watch.start}
+    for metrics in found.values():
+        assert metrics["kl_after"] == pytest.approx(metrics["kl_before"], rel=1e-6)
+    assert found[30.0]["kl_before"] == pytest.approx(found[None]["kl_before"], rel=1e-6)
+    assert found[30.0]["mark"] != pytest.approx(found[None]["mark"], rel=1e-3)
 
 
 def test_held_out_data_without_a_label_is_not_compared_on(tmp_path, tokenizer, caplog):  # noqa: F811

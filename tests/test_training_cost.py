@@ -8,11 +8,12 @@ from models import MODELS
 from peft import get_peft_model
 from test_trainer import make, texts, tokenizer  # noqa: F401  (a fixture)
 
-import peft_spon.calibration
+import peft_spon.comparison
+import peft_spon.statistics
 import peft_spon.trainer
 from peft_spon import SponConfig
-from peft_spon.layer import spon_layers
-from peft_spon.trainer import COMPARED_STEPS, COMPARED_TOKENS
+from peft_spon.comparison import COMPARED_STEPS, COMPARED_TOKENS, Comparison
+from peft_spon.sites import spon_layers
 
 
 LENGTH = 32
@@ -64,20 +65,20 @@ def test_the_kl_is_measured_on_the_rows_of_two_steps_and_the_teacher_runs_once(
     inside, outside = seen
     step = 8 * LENGTH
     assert inside >= 3 * step * 2
-    # Once a look at the head. Teacher and student before the first step; after the last the teacher, the student as it
-    # is, and as it was.
+    # Once a look at the head. Before the first step teacher and student, on the data to train on and on that held out;
+    # after the last one the student.
     look = options["per_device_train_batch_size"] * LENGTH
-    assert outside == look + COMPARED_STEPS * step * (2 + 3)
+    assert outside == look + COMPARED_STEPS * step * (2 + 2 * held_out + 1)
     assert outside <= 0.1 * 100 * step * 3, "forwards of teacher and student, and a backward, are a step"
 
 
 def test_long_rows_are_measured_on_few(tmp_path, tokenizer, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(peft_spon.trainer, "COMPARED_TOKENS", 3 * LENGTH)
+    monkeypatch.setattr(peft_spon.comparison, "COMPARED_TOKENS", 3 * LENGTH)
     model = get_peft_model(MODELS["llama"](), SponConfig(criterion="topk"))
     options = {"per_device_train_batch_size": 1, "relative_learning_rate": False, "learning_rate": 1e-6}
     trainer = make(tmp_path, tokenizer, model, data=rows(16), max_length=LENGTH, **options)
     seen = count_tokens(trainer)
-    trainer._mean_kl(trainer.train_dataset)
+    Comparison(trainer, trainer.train_dataset).mean_kl("KL")
     assert seen[1] == LENGTH + 3 * LENGTH * 2
     assert COMPARED_TOKENS == 8192
 
@@ -104,12 +105,13 @@ class Bar:
 @pytest.mark.parametrize("quiet", [True, False])
 def test_everything_beside_the_steps_shows_how_far_it_is(tmp_path, tokenizer, monkeypatch, quiet):  # noqa: F811
     monkeypatch.setattr(Bar, "made", [])
-    for module in (peft_spon.calibration, peft_spon.trainer):
+    for module in (peft_spon.statistics, peft_spon.comparison):
         monkeypatch.setattr(module, "tqdm", Bar)
     monkeypatch.setattr(peft_spon.trainer, "SCALE_TOKENS", 4 * LENGTH)
     options = {"calibration_tokens": 16 * LENGTH, "max_length": LENGTH, "disable_tqdm": quiet, "max_steps": 1}
     make(tmp_path, tokenizer, data=rows(16), eval_data=rows(16), **options).train()
-    wanted = ["calibrating", "measuring what S removes", "KL before training", "KL before and after training"]
+    wanted = ["calibrating", "measuring what S removes", "KL before training"]
+    wanted += ["KL on held-out data before training", "KL on held-out data after training"]
     assert [bar.desc for bar in Bar.made] == wanted
     assert all(bar.n == bar.total > 0 for bar in Bar.made), "the time left is known, and ends at 0"
     # None is tqdm's own choice: shown on a terminal.
@@ -119,5 +121,5 @@ def test_everything_beside_the_steps_shows_how_far_it_is(tmp_path, tokenizer, mo
 def test_workers_that_stay_do_not_mix_the_data_sets_up(tmp_path, tokenizer):  # noqa: F811
     options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "max_steps": 1}
     trainer = make(tmp_path, tokenizer, eval_data=texts(7), **options)
-    trainer._mean_kl(trainer.train_dataset)
+    Comparison(trainer, trainer.train_dataset).mean_kl("KL")
     assert len(trainer.get_eval_dataloader().dataset) == 7

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..data import Batch, check_arguments, count_tokens, iter_batches, to_device
-from ..losses import perplexity
+from ..lora import model_inside
+from ..losses import compare_logits, perplexity
 from ..modes import dense_mode, evaluation_mode, every_token_sparse, without_anchors
 from ..sites import resolve_sites
 from ..statistics import Zeros
@@ -103,17 +102,14 @@ class _Sums:
                 f"The logits of the {self.whose} model are NaN or infinite at {broken} of {len(labels)} tokens of a "
                 "text; check its weights and its dtype (fp16 overflows, bf16 does not)."
             )
-        log_p = F.log_softmax(logits.float(), dim=-1)
-        dense_log_p = F.log_softmax(dense_logits.float(), dim=-1)
-        nll = -log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1).double()
+        found = compare_logits(logits, dense_logits, labels)
+        nll = found.student_nll.double()
         if nll.isinf().any():
             raise ValueError(
                 f"The {self.whose} model gives the token {int(labels[nll.isinf()][0])} of the data the probability 0 "
                 "(it forbids it, by a logit of -inf), so its perplexity is infinite; set such labels to -100."
             )
-        p = dense_log_p.exp()
-        kl = (p * (dense_log_p - log_p)).masked_fill(p == 0, 0).sum(-1, dtype=torch.float64)
-        if kl.isinf().any():
+        if found.kl.isinf().any():
             raise ValueError(
                 f"The {self.whose} model forbids (by a logit of -inf) a token that the dense one allows, so the KL "
                 "between them is infinite."
@@ -121,8 +117,8 @@ class _Sums:
         self.tokens += len(labels)
         self.nll += float(nll.sum())
         self.nll_squared += float(nll.square().sum())
-        self.kl += float(kl.sum())
-        self.same += int((log_p.argmax(-1) == dense_log_p.argmax(-1)).sum())
+        self.kl += float(found.kl.sum(dtype=torch.float64))
+        self.same += int(found.agree.sum())
 
     def scores(self, sparsity: float) -> Scores:
         mean = self.nll / self.tokens
@@ -226,7 +222,7 @@ def _labels(model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, int]:
             raise ValueError("An encoder-decoder model is evaluated on batches with labels; the data has none.")
         return inputs["labels"], 0
     if not model.can_generate():
-        kind = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+        kind = type(model_inside(model)).__name__
         raise ValueError(
             f"{kind} predicts no next token, so it has no perplexity; evaluate a ...ForCausalLM or an encoder-decoder "
             "model."

@@ -1,0 +1,153 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What [`SponTrainer`] can be told, and what of it cannot work."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+try:
+    from trl import SFTConfig, SFTTrainer  # noqa: F401  trainer.py takes it from here
+except ImportError as error:
+    raise ImportError("SponTrainer needs TRL and datasets: pip install 'peft_spon[train]'") from error
+
+
+OWN_LOSS = "the loss of SponTrainer is the KL divergence from the dense to the sparse model"
+
+
+@dataclass
+class SponTrainingConfig(SFTConfig):
+    r"""
+    Configuration of [`SponTrainer`]: everything of TRL's [`~trl.SFTConfig`], and the following.
+
+    Parameters:
+        learning_rate (`float`, *optional*, defaults to `0.1`):
+            Peak learning rate of the anchors, relative to the size of what they replace: the root mean square of what
+            S removes from their layer, measured before the first step. Layers and models of any scale learn alike.
+        gain_learning_rate (`float`, *optional*, defaults to `0.025`):
+            Peak learning rate of the gains, which are relative by nature. Smaller by itself at low sparsity, where S
+            removes less than a fifth of what the layers put out: by the square of that share.
+        relative_learning_rate (`bool`, *optional*, defaults to `True`):
+            `False`: `learning_rate` is in the units of the layer's activations, as in the paper.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Divides the logits of teacher and student in the KL divergence.
+        calibration_tokens (`int`, *optional*, defaults to `65536`):
+            Tokens of the training data on which an adapter without thresholds is calibrated before the first step.
+        recalibrations (`int`, *optional*, defaults to `0`):
+            How often, evenly spread over the training, the thresholds are fitted anew to the activations of the
+            sparse model as it is by then, on the first eighth of `calibration_tokens` of the training data. What a
+            layer sees changes with the anchors before it, so this keeps the realised sparsity near the wanted one.
+
+    Defaults that differ from TRL's: `bf16` only where there is an accelerator, `ddp_find_unused_parameters=False`
+    (every anchor is used in every step; set it to `True` for mixture-of-experts models).
+    """
+
+    learning_rate: float = field(
+        default=0.1,
+        metadata={
+            "help": "Peak learning rate of the anchors, relative to the root mean square of what S removes from their "
+            "layer."
+        },
+    )
+    gain_learning_rate: float = field(default=0.025, metadata={"help": "Peak learning rate of the gains."})
+    relative_learning_rate: bool = field(
+        default=True,
+        metadata={"help": "False: `learning_rate` is in the units of the layer's activations, as in the paper."},
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Divides the logits of teacher and student in the KL divergence."}
+    )
+    calibration_tokens: int = field(
+        default=65536,
+        metadata={
+            "help": "Tokens of the training data on which an adapter without thresholds is calibrated before the "
+            "first step."
+        },
+    )
+    recalibrations: int = field(
+        default=0,
+        metadata={
+            "help": "How often, evenly spread over the training, the thresholds are fitted anew to the activations of "
+            "the sparse model."
+        },
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
+            self.bf16 = False  # TRL's default is bf16, which stops with an error where there is no accelerator
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # needed with reentrant checkpointing, and faster
+        if self.loss_type == "chunked_nll":
+            self.loss_type = "nll"  # TRL 1.7 to 1.14 replace the model's forward for this default; we bring our own
+        super().__post_init__()
+        if self.loss_type not in (None, "nll"):
+            raise ValueError(f"loss_type is {self.loss_type!r}, but {OWN_LOSS}; leave it out.")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor!r}, but {OWN_LOSS}, and the dense model's "
+                "predictions are no labels to smooth; leave it out."
+            )
+        if vars(self).get("router_aux_loss_coef"):
+            raise ValueError(
+                f"router_aux_loss_coef is {self.router_aux_loss_coef!r}, but {OWN_LOSS}, and the routers are frozen; "
+                "leave it out."
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature!r}; use a number above 0, 1.0 for plain KL.")
+        if self.calibration_tokens < 1:
+            raise ValueError(f"calibration_tokens is {self.calibration_tokens!r}; use at least 1, e.g. 65536.")
+        if self.recalibrations < 0:
+            raise ValueError(f"recalibrations is {self.recalibrations!r}; use 0 for none, or a number above, e.g. 4.")
+        if not self.gain_learning_rate >= 0:
+            raise ValueError(f"gain_learning_rate is {self.gain_learning_rate!r}; use a number >= 0, e.g. 0.025.")
+        if self.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel=True replaces the output head, whose input the loss needs; leave it out."
+            )
+
+    @classmethod
+    def published(cls, output_dir: str, **kwargs: Any) -> "SponTrainingConfig":
+        """
+        The published recipe (SPON, arXiv 2512.12744), as two independent replications have it: AdamW without decay at
+        1e-5, 8 blocks of 128 tokens, 10 epochs. For [`SponConfig.published`].
+
+        Args:
+            output_dir (`str`): where checkpoints go.
+            kwargs: any other field, or one to override.
+        """
+        recipe = {
+            "learning_rate": 1e-5,
+            "relative_learning_rate": False,
+            "max_length": 128,
+            "per_device_train_batch_size": 8,
+            "num_train_epochs": 10,
+        }
+        return cls(output_dir, **{**recipe, **kwargs})
+
+
+def check_arguments(args: Any, given: dict[str, Any]) -> None:
+    """Refuse what SponTrainer's own loss leaves no room for.
+
+    Args:
+        args: the settings.
+        given (`dict`): the arguments that would go to TRL's trainer.
+
+    Raises:
+        `TypeError`: `args` is of another class.
+        `ValueError`: metrics of logits, or a loss, are given.
+    """
+    if not isinstance(args, SponTrainingConfig):
+        raise TypeError(f"args is a {type(args).__name__}; SponTrainer takes a SponTrainingConfig.")
+    for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+        if given.get(name) is not None:
+            raise ValueError(
+                f"{name} needs the logits of all tokens, which are never made here; kl, perplexity and "
+                "top1_agreement are evaluated by themselves, and peft_spon.evaluate() reports more."
+            )
+    if given.get("compute_loss_func") is not None:
+        raise ValueError(
+            f"compute_loss_func was given, but {OWN_LOSS}; leave it out, or use TRL's SFTTrainer for a loss of "
+            "your own."
+        )
