@@ -12,7 +12,7 @@ from test_killed_saving import forked
 from test_trainer import make, tokenizer  # noqa: F401  (a fixture)
 from transformers.trainer_utils import get_last_checkpoint
 
-from peft_spon.layer import spon_layers
+from peft_spon.sites import spon_layers
 
 
 class Killed(BaseException):

@@ -13,7 +13,7 @@ from test_trainer import make, texts, tokenizer  # noqa: F401  (a fixture)
 from transformers import TrainerCallback
 
 from peft_spon import SponConfig
-from peft_spon.layer import spon_layers
+from peft_spon.sites import spon_layers
 from peft_spon.trainer import TrainingDiverged
 
 

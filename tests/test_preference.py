@@ -13,8 +13,8 @@ from test_trainer import tokenizer  # noqa: F401  (a fixture)
 from trl import DPOConfig, DPOTrainer, GRPOConfig
 
 from peft_spon import SponConfig, add_lora, calibrate, load_with_lora
-from peft_spon.layer import spon_layers
 from peft_spon.lora import set_trainable
+from peft_spon.sites import spon_layers
 
 
 PAIRS = Dataset.from_dict(

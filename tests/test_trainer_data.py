@@ -11,7 +11,7 @@ from test_trainer import make, texts, tokenizer  # noqa: F401  (a fixture)
 from trl import SFTConfig
 
 from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, calibrate
-from peft_spon.layer import spon_layers
+from peft_spon.sites import spon_layers
 
 
 def alarms(caplog):

@@ -11,7 +11,7 @@ from test_trainer import make, texts, tokenizer  # noqa: F401  (a fixture)
 import peft_spon.calibration
 import peft_spon.trainer
 from peft_spon import SponConfig
-from peft_spon.layer import spon_layers
+from peft_spon.sites import spon_layers
 from peft_spon.trainer import COMPARED_STEPS, COMPARED_TOKENS
 
 
