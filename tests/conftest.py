@@ -10,7 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from models import MODELS
+from lora_models import ROUTES
+from models import MODELS, word_tokenizer
 
 
 torch.set_num_threads(1)
@@ -38,3 +39,14 @@ def family(request):
 @pytest.fixture
 def llama():
     return MODELS["llama"]()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer()
+
+
+@pytest.fixture(params=sorted(ROUTES))
+def route(request):
+    """Makes a calibrated model with LoRA beneath SPON, in each order in turn."""
+    return ROUTES[request.param]

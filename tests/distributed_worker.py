@@ -16,11 +16,10 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from models import MODELS, VOCAB
+from models import MODELS, VOCAB, word_tokenizer
 from peft import get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import TrainerCallback
 
 from peft_spon import SponConfig, SponTrainer, SponTrainingConfig
 from peft_spon.sites import spon_layers
@@ -49,14 +48,7 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
-    core = Tokenizer(models.WordLevel(words, unk_token="<s>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-
-
-def texts(count: int, seed: int) -> Dataset:
+def texts(count: int = 48, seed: int = 0) -> Dataset:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(6, 20, (count,), generator=generator).tolist()
     rows = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
@@ -93,7 +85,7 @@ def main(out: Path, options: dict) -> None:
         },
     )
     trainer = SponTrainer(
-        model, args, train_dataset=texts(48, 0), eval_dataset=texts(21, 1), processing_class=tokenizer()
+        model, args, train_dataset=texts(48, 0), eval_dataset=texts(21, 1), processing_class=word_tokenizer()
     )
     if "SPON_TEST_KILL_AT" in os.environ:
         trainer.add_callback(KillAt(int(os.environ["SPON_TEST_KILL_AT"])))

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from distributed_worker import texts
 from models import MODELS, VOCAB, logits
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import TrainerCallback
 from trl import SFTConfig
 
 from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, dense_mode
@@ -26,21 +26,6 @@ from peft_spon.losses import forward_kl
 from peft_spon.sites import spon_layers
 from peft_spon.statistics import removed_by_s
 from peft_spon.trainer import TrainingDiverged
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
-    core = Tokenizer(models.WordLevel(words, unk_token="<s>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-
-
-def texts(count=48, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(6, 20, (count,), generator=generator).tolist()
-    rows = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
-    return Dataset.from_dict({"text": [" ".join(f"w{i}" for i in row) for row in rows]})
 
 
 def make(tmp_path, tokenizer, model=None, peft_config=None, data=None, eval_data=None, **kwargs):
