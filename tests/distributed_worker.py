@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a tiny model's anchors in one process or in several, and writes what came out: see test_distributed.py.
 
+`distributed_worker.py FOLDER OPTIONS [FOLDER OPTIONS ...]`: one training after another; starting takes longest.
+
 accelerate offers FSDP on accelerators only. `fsdp_on_cpu` lets the test run it over gloo.
 """
 
@@ -55,11 +57,9 @@ def texts(count: int = 48, seed: int = 0) -> Dataset:
     return Dataset.from_dict({"text": [" ".join(f"w{i}" for i in row) for row in rows]})
 
 
-def main(out: Path, options: dict) -> None:
-    torch.set_num_threads(1)
+def train(out: Path, options: dict) -> None:
+    out.mkdir(parents=True, exist_ok=True)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if options.pop("fsdp", False):
-        fsdp_on_cpu()
     evaluate_first = options.pop("evaluate_first", False)
     resume = options.pop("resume", None)
     model = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.6, gain=True, task_type="CAUSAL_LM"))
@@ -108,13 +108,15 @@ def main(out: Path, options: dict) -> None:
         "compared": {key: output.metrics[key] for key in ("kl_before", "kl_after")},
     }
     (out / f"report-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        fsdp_on_cpu()
+    for folder, options in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        train(Path(folder), json.loads(options))
     if dist.is_initialized():
         dist.barrier()
         # Not through the interpreter's shutdown: gloo's threads sometimes abort there, after all work is done.
         os._exit(0)
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    main(folder, json.loads(sys.argv[2]))

@@ -370,7 +370,7 @@ def test_two_processes_with_half_the_data_each_equal_one_with_all():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
+    context = mp.get_context("fork")  # importing anew takes longest
     queue = context.Queue()
     workers = [context.Process(target=_calibrate_in_process, args=(rank, port, queue)) for rank in range(2)]
     for worker in workers:

@@ -163,6 +163,7 @@ MUTATIONS = {
 COUNTS = {"header": 80, "tensor": 120, "own tensor": 80, "json": 120, "swap": 6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "what"), [(kind, what) for kind in MUTATIONS for what in MUTATIONS[kind]])
 def test_mutated_files_give_an_error_or_the_same_logits(kind, what, saved, tmp_path):
     saved_folder, wanted = saved

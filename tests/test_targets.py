@@ -294,4 +294,7 @@ def test_embeddings_and_heads_are_no_default_targets(family):
     layers = spon_layers(get_peft_model(model, SponConfig()))
     assert layers
     assert not heads & {layer.base_layer for layer in layers.values()}
+
+
+def test_a_head_among_the_blocks_is_no_default_target():
     assert default_targets(SponConfig(), HeadAmongTheBlocks()) == {"proj"}
