@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUANT := $(VENV)/quantised
 
-.PHONY: quickstart quickstart-short test lint clean
+.PHONY: quickstart quickstart-short test test-fast lint clean
 
 # torch first and alone: any other resolution order could choose a CUDA build of several GB.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -27,8 +27,12 @@ quickstart-short: $(VENV)/.installed
 test: $(VENV)/.installed $(QUANT)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 	$(if $(ARGS),,PYTHONPATH=$(QUANT) $(BIN)/python -m pytest tests/test_quantized.py)
+
+# All but the tests marked slow (other processes, whole examples): under 2 minutes on 2 cores.
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -25,7 +25,8 @@ from .comparison import Comparison
 from .config import SponConfig
 from .data import check_training_data
 from .distillation import SelfDistillation, noisy_embedding, without_dropout
-from .divergence import NO_LABELS, (
+from .divergence import (
+    NO_LABELS,
     WATCH_KEY,
     DivergenceWatch,
     TrainingDiverged,

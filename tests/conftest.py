@@ -2,18 +2,28 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import os
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The compiled CPU kernel, by the hash of its source, and whatever else libraries keep: not in the user's own cache.
+os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "libraries")
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from models import MODELS
+from lora_models import ROUTES
+from models import MODELS, word_tokenizer
+
+from peft_spon import kernels
 
 
 torch.set_num_threads(1)
+
+
+def pytest_configure():
+    kernels.active_kernel()  # compiled once, before pytest-xdist starts several processes that would all do it
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +48,14 @@ def family(request):
 @pytest.fixture
 def llama():
     return MODELS["llama"]()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer()
+
+
+@pytest.fixture(params=sorted(ROUTES))
+def route(request):
+    """Makes a calibrated model with LoRA beneath SPON, in each order in turn."""
+    return ROUTES[request.param]

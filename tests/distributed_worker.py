@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a tiny model's anchors in one process or in several, and writes what came out: see test_distributed.py.
 
+`distributed_worker.py FOLDER OPTIONS [FOLDER OPTIONS ...]`: one training after another; starting takes longest.
+
 accelerate offers FSDP on accelerators only. `fsdp_on_cpu` lets the test run it over gloo.
 """
 
@@ -16,11 +18,10 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from models import MODELS, VOCAB
+from models import MODELS, VOCAB, word_tokenizer
 from peft import get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import TrainerCallback
 
 from peft_spon import SponConfig, SponTrainer, SponTrainingConfig
 from peft_spon.divergence import trained_parameters
@@ -50,25 +51,16 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
-    core = Tokenizer(models.WordLevel(words, unk_token="<s>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-
-
-def texts(count: int, seed: int) -> Dataset:
+def texts(count: int = 48, seed: int = 0) -> Dataset:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(6, 20, (count,), generator=generator).tolist()
     rows = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
     return Dataset.from_dict({"text": [" ".join(f"w{i}" for i in row) for row in rows]})
 
 
-def main(out: Path, options: dict) -> None:
-    torch.set_num_threads(1)
+def train(out: Path, options: dict) -> None:
+    out.mkdir(parents=True, exist_ok=True)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if options.pop("fsdp", False):
-        fsdp_on_cpu()
     evaluate_first = options.pop("evaluate_first", False)
     resume = options.pop("resume", None)
     model = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.6, gain=True, task_type="CAUSAL_LM"))
@@ -94,7 +86,7 @@ def main(out: Path, options: dict) -> None:
         },
     )
     trainer = SponTrainer(
-        model, args, train_dataset=texts(48, 0), eval_dataset=texts(21, 1), processing_class=tokenizer()
+        model, args, train_dataset=texts(48, 0), eval_dataset=texts(21, 1), processing_class=word_tokenizer()
     )
     if "SPON_TEST_KILL_AT" in os.environ:
         trainer.add_callback(KillAt(int(os.environ["SPON_TEST_KILL_AT"])))
@@ -117,13 +109,15 @@ def main(out: Path, options: dict) -> None:
         "compared": {key: output.metrics[key] for key in ("kl_before", "kl_after")},
     }
     (out / f"report-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        fsdp_on_cpu()
+    for folder, options in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        train(Path(folder), json.loads(options))
     if dist.is_initialized():
         dist.barrier()
         # Not through the interpreter's shutdown: gloo's threads sometimes abort there, after all work is done.
         os._exit(0)
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    main(folder, json.loads(sys.argv[2]))

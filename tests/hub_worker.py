@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 import transformers as tf
-from distributed_worker import texts, tokenizer
+from distributed_worker import texts
 from huggingface_hub import HfApi, hf_hub_download
-from models import MODELS, VOCAB, logits
+from models import MODELS, calibrated, logits, word_tokenizer
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +25,6 @@ from peft_spon import (
     SponTrainer,
     SponTrainingConfig,
     add_lora,
-    calibrate,
     dense_mode,
     load_with_lora,
     save_lora,
@@ -50,9 +49,7 @@ def with_lora(repo, **kwargs):
 def adapter(seed, name="default", base=None):
     torch.manual_seed(seed)
     config = SponConfig(sparsity=0.3 + 0.1 * seed, init_weights=False, task_type="CAUSAL_LM")
-    model = get_peft_model(base or plain("user/base"), config, adapter_name=name).eval()
-    calibrate(model, [{"input_ids": torch.randint(3, VOCAB, (4, 16))}], progress=False)
-    return model
+    return calibrated(get_peft_model(base or plain("user/base"), config, adapter_name=name))
 
 
 def outcome(action, *args, **kwargs):
@@ -148,7 +145,7 @@ def train(folder):
         disable_tqdm=True,
     )
     model = get_peft_model(plain("user/base"), SponConfig(task_type="CAUSAL_LM"))
-    trainer = SponTrainer(model, args, train_dataset=texts(48, 0), processing_class=tokenizer())
+    trainer = SponTrainer(model, args, train_dataset=texts(48, 0), processing_class=word_tokenizer())
     trainer.train()
     trainer.push_to_hub()
     return model.eval()

@@ -1,9 +1,16 @@
 # Copyright 2026 The peft_spon authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny randomly initialised models of the families that the contract is checked on, and inputs for them."""
+"""Tiny randomly initialised models of the families that the contract is checked on; inputs; edits of files."""
+
+import json
 
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+
+from peft_spon import calibrate
 
 
 VOCAB = 97
@@ -75,6 +82,12 @@ def logits(model, family, **kwargs):
     return model(**inputs(family), **kwargs).logits
 
 
+def calibrated(model):
+    """In eval mode, calibrated on tokens from the generator of the process."""
+    calibrate(model, [{"input_ids": torch.randint(3, VOCAB, (4, 16))}], progress=False)
+    return model.eval()
+
+
 def by_formula(model):
     """The same weights whatever the versions of torch and transformers: for fixtures."""
     for index, (_, parameter) in enumerate(sorted(model.named_parameters())):
@@ -82,3 +95,24 @@ def by_formula(model):
             values = torch.arange(parameter.numel(), dtype=torch.float64).mul(1.7 + index).sin()
             parameter.data.copy_(values.reshape(parameter.shape))
     return model
+
+
+def word_tokenizer():
+    """A token per word w3, w4, ...: of the models' vocabulary."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
+    core = Tokenizer(WordLevel(words, unk_token="<s>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tf.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def edit_tensors(path, change):
+    """`change` gets the tensors of a safetensors file, by name, and may do anything to them."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+def edit_json(path, change=lambda values: None, **fields):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps({**values, **fields}))

@@ -6,7 +6,6 @@ The model is afterwards as it was where something is refused.
 """
 
 import copy
-import json
 import pickle
 import shutil
 from pathlib import Path
@@ -14,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from models import MODELS, VOCAB, logits
+from models import MODELS, VOCAB, calibrated, edit_json, edit_tensors, logits
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.modules import module as torch_module
 from transformers import Trainer, TrainingArguments
 
-from peft_spon import SponConfig, add_lora, calibrate
+from peft_spon import SponConfig, add_lora
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -31,9 +30,7 @@ PREFIX = "base_model.model."
 def adapter(family="llama", seed=0, **fields):
     torch.manual_seed(seed)
     model = get_peft_model(MODELS[family](), SponConfig(init_weights=False, **fields)).eval()
-    if family == "llama":
-        calibrate(model, [{"input_ids": torch.randint(3, VOCAB, (4, 16))}], progress=False)
-    return model
+    return calibrated(model) if family == "llama" else model
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +50,6 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def folder(saved, tmp_path, request):
     return Path(shutil.copytree(saved / getattr(request, "param", "plain"), tmp_path / "adapter"))
-
-
-def edit(folder, change):
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
-
-
-def edit_config(folder, change):
-    config = json.loads((folder / CONFIG).read_text())
-    change(config)
-    (folder / CONFIG).write_text(json.dumps(config))
 
 
 def snapshot(model):
@@ -144,7 +129,7 @@ WAYS = {
 def test_a_tensor_of_the_base_is_refused(folder, way, key):
     base = dict(MODELS["llama"]().named_parameters())
     shape = base.get(key.replace(".base_layer", ""), torch.zeros(8, 32)).shape
-    edit(folder, lambda tensors: tensors.update({PREFIX + key: torch.zeros(shape)}))
+    edit_tensors(folder / WEIGHTS, lambda tensors: tensors.update({PREFIX + key: torch.zeros(shape)}))
     load, check = WAYS[way](folder)
     with pytest.raises(ValueError, match=f"{WEIGHTS} also holds .*{key}: neither SPON's nor of a module in modules_"):
         load()
@@ -154,18 +139,20 @@ def test_a_tensor_of_the_base_is_refused(folder, way, key):
 @pytest.mark.parametrize("way", WAYS)
 def test_without_prefix_or_with_a_wrapper_of_torch_compile_it_is_refused_as_well(folder, way):
     for key in ("lm_head.weight", "_orig_mod.lm_head.weight", "base_model.model._orig_mod.lm_head.weight"):
-        edit(folder, lambda tensors, key=key: tensors.update({key: torch.zeros(VOCAB, 32)}))
+        edit_tensors(folder / WEIGHTS, lambda tensors, key=key: tensors.update({key: torch.zeros(VOCAB, 32)}))
         load, check = WAYS[way](folder)
         with pytest.raises(ValueError, match="neither SPON's nor of a module"):
             load()
         check()
-        edit(folder, lambda tensors, key=key: tensors.pop(key))
+        edit_tensors(folder / WEIGHTS, lambda tensors, key=key: tensors.pop(key))
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_tensor_that_is_the_bases_own_does_no_harm(folder, way):
     base = MODELS["llama"]()
-    edit(folder, lambda tensors: tensors.update({PREFIX + "lm_head.weight": base.lm_head.weight.detach()}))
+    edit_tensors(
+        folder / WEIGHTS, lambda tensors: tensors.update({PREFIX + "lm_head.weight": base.lm_head.weight.detach()})
+    )
     WAYS[way](folder)[0]()
 
 
@@ -188,7 +175,7 @@ def test_a_tensor_that_is_the_bases_own_does_no_harm(folder, way):
     ],
 )
 def test_damage_in_modules_to_save_is_refused(folder, way, change, message):
-    edit(folder, change)
+    edit_tensors(folder / WEIGHTS, change)
     load, check = WAYS[way](folder)
     with pytest.raises(ValueError, match=message):
         load()
@@ -197,13 +184,13 @@ def test_damage_in_modules_to_save_is_refused(folder, way, change, message):
 
 @pytest.mark.parametrize("folder", ["modules"], indirect=True)
 def test_a_module_of_another_shape_is_refused_unless_that_is_wanted(folder):
-    edit(folder, lambda t: t.update({PREFIX + "lm_head.weight": t[PREFIX + "lm_head.weight"][:50]}))
+    edit_tensors(folder / WEIGHTS, lambda t: t.update({PREFIX + "lm_head.weight": t[PREFIX + "lm_head.weight"][:50]}))
     for way in ("load_adapter, over", "from_pretrained"):
         load, check = WAYS[way](folder)
         with pytest.raises(ValueError, match=r"has shape \(50, 32\), the model needs \(97, 32\)"):
             load()
         check()
-    edit_config(folder, lambda config: config.update(checksums=None))
+    edit_json(folder / CONFIG, checksums=None)
     with pytest.warns(UserWarning, match="lm_head"):
         model = PeftModel.from_pretrained(MODELS["llama"](), folder, ignore_mismatched_sizes=True)
     assert model.get_output_embeddings().weight.shape == (VOCAB, 32)
@@ -222,11 +209,11 @@ def test_whole_files_load(folder, way):
 
 @pytest.mark.parametrize("folder", ["modules"], indirect=True)
 def test_files_of_older_versions_have_no_checksum_of_modules_and_load(folder):
-    edit_config(folder, lambda config: config["checksums"].pop("modules"))
-    edit(folder, lambda t: t[PREFIX + "lm_head.weight"].mul_(2))
+    edit_json(folder / CONFIG, lambda config: config["checksums"].pop("modules"))
+    edit_tensors(folder / WEIGHTS, lambda t: t[PREFIX + "lm_head.weight"].mul_(2))
     for way in ("from_pretrained", "load_adapter, over"):
         WAYS[way](folder)[0]()
-    edit_config(folder, lambda config: config.update(checksums=None))
+    edit_json(folder / CONFIG, checksums=None)
     WAYS["load_adapter, over"](folder)[0]()
 
 
@@ -235,7 +222,9 @@ def test_files_of_older_versions_have_no_checksum_of_modules_and_load(folder):
 
 @pytest.mark.parametrize("has_run", [True, False])
 def test_one_flipped_bit_over_an_existing_adapter_is_refused(folder, has_run):
-    edit(folder, lambda t: t[min(k for k in t if k.endswith("anchor"))].view(torch.int32)[3].bitwise_xor_(1))
+    edit_tensors(
+        folder / WEIGHTS, lambda t: t[min(k for k in t if k.endswith("anchor"))].view(torch.int32)[3].bitwise_xor_(1)
+    )
     model = adapter(seed=1)
     if has_run:
         logits(model, "llama")
@@ -254,7 +243,7 @@ def test_one_flipped_bit_over_an_existing_adapter_is_refused(folder, has_run):
         (lambda f: (f / CONFIG).unlink(), f"Can't find '{CONFIG}'"),
         (lambda f: (f / WEIGHTS).unlink(), f"has no {WEIGHTS}"),
         (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-5]), f"{WEIGHTS} is damaged or incomplete"),
-        (lambda f: edit_config(f, lambda config: config.update(sparsity=0.1)), f"{CONFIG} is not as it was saved"),
+        (lambda f: edit_json(f / CONFIG, sparsity=0.1), f"{CONFIG} is not as it was saved"),
         (lambda f: to_pickle(f), "a pickle, and SPON adapters load from safetensors only"),
         (lambda f: save_lora_there(f), "holds a .*LORA adapter, and 'default' is SPON"),
         (
@@ -294,7 +283,7 @@ def test_resuming_from_a_damaged_checkpoint_is_refused(tmp_path):
     train(adapter(), tmp_path / "out")
     checkpoint = tmp_path / "out" / "checkpoint-2"
     train(adapter(), tmp_path / "out", resume_from_checkpoint=str(checkpoint))
-    edit(checkpoint, lambda t: t[min(k for k in t if k.endswith("anchor"))].neg_())
+    edit_tensors(checkpoint / WEIGHTS, lambda t: t[min(k for k in t if k.endswith("anchor"))].neg_())
     with pytest.raises(ValueError, match="do not belong together"):
         train(adapter(), tmp_path / "out", resume_from_checkpoint=str(checkpoint))
 
@@ -376,7 +365,7 @@ def test_a_resized_vocabulary_is_saved_and_loaded_with_the_adapter(tmp_path):
         model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(resized(), tmp_path / "adapter").eval()
     assert torch.equal(logits(loaded, "llama"), logits(model, "llama"))
-    edit(tmp_path / "adapter", lambda t: t[PREFIX + "lm_head.weight"][3:5].neg_())
+    edit_tensors(tmp_path / "adapter" / WEIGHTS, lambda t: t[PREFIX + "lm_head.weight"][3:5].neg_())
     base = resized()
     before = snapshot(base)
     with pytest.raises(ValueError, match="lm_head.weight.*neither SPON's nor"):
@@ -416,7 +405,7 @@ def test_a_missing_weights_file_is_named_and_the_model_as_it_was(folder):
 
 
 def test_a_lora_beneath_is_given_back_after_a_failed_load(folder):
-    edit(folder, lambda t: t.update({PREFIX + "lm_head.weight": torch.zeros(VOCAB, 32)}))
+    edit_tensors(folder / WEIGHTS, lambda t: t.update({PREFIX + "lm_head.weight": torch.zeros(VOCAB, 32)}))
     torch.manual_seed(0)
     lora = get_peft_model(MODELS["llama"](), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
     before = snapshot(lora)

@@ -76,6 +76,21 @@ def test_streamed_thresholds_against_exact_quantiles(shape, sparsity, parts, see
     assert abs(histogram.share_below(threshold.item()) - realised) <= 0.005
 
 
+def test_quantiles_and_shares_inside_a_bin_are_linear():
+    """The bin from 1 to 1 + 1/128, and half of the scores in each of two bins far apart."""
+    edges = torch.tensor([1.0, 1 + 1 / 128])
+    histogram = ScoreHistogram(edges.device)
+    histogram.add(bin_counts(torch.linspace(*edges, 1001)[:-1]))
+    assert int((histogram.counts > 0).sum()) == 1
+    torch.testing.assert_close(histogram.quantiles(), torch.linspace(*edges, 257), rtol=1e-7, atol=0)
+    for share in (0.0, 0.25, 0.5, 0.875):
+        assert histogram.share_below(1 + share / 128) == pytest.approx(share, abs=1e-6)
+    histogram.add(bin_counts(torch.full((1000,), 64.0)))
+    assert histogram.share_below(1 + 0.5 / 128) == pytest.approx(0.25, abs=1e-6)
+    assert histogram.share_below(64.25) == pytest.approx(0.75, abs=1e-6)  # the bin is 0.5 wide
+    assert histogram.quantiles(5)[[1, 3]].tolist() == pytest.approx([1 + 0.5 / 128, 64.25], rel=1e-6)
+
+
 @pytest.mark.parametrize("criterion", THRESHOLD_CRITERIA)
 @pytest.mark.parametrize("sparsity", [0.25, 0.6, 0.9])
 def test_every_layer_is_within_half_a_point_of_the_wanted_sparsity(family, criterion, sparsity):
@@ -355,7 +370,7 @@ def test_two_processes_with_half_the_data_each_equal_one_with_all():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
+    context = mp.get_context("fork")  # importing anew takes longest
     queue = context.Queue()
     workers = [context.Process(target=_calibrate_in_process, args=(rank, port, queue)) for rank in range(2)]
     for worker in workers:

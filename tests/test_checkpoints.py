@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_killed_saving import forked
-from test_trainer import make, tokenizer  # noqa: F401  (a fixture)
+from test_trainer import make
 from transformers.trainer_utils import get_last_checkpoint
 
 from peft_spon.sites import spon_layers
@@ -42,7 +42,7 @@ OPTIONS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, tokenizer):  # noqa: F811
+def straight(tmp_path_factory, tokenizer):
     trainer = make(tmp_path_factory.mktemp("straight"), tokenizer, **OPTIONS)
     trainer.train()
     return [layer.spon_anchor["default"].detach() for layer in spon_layers(trainer.model).values()]
@@ -50,7 +50,7 @@ def straight(tmp_path_factory, tokenizer):  # noqa: F811
 
 @pytest.mark.parametrize("what", ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"])
 @pytest.mark.parametrize("how", ["the last", "by name"])
-def test_the_last_whole_checkpoint_is_resumed(tmp_path, tokenizer, straight, caplog, what, how):  # noqa: F811
+def test_the_last_whole_checkpoint_is_resumed(tmp_path, tokenizer, straight, caplog, what, how):
     killed = make(tmp_path, tokenizer, **OPTIONS)
     kill_while_saving(killed, what, 4)
     with pytest.raises(Killed):
@@ -66,7 +66,7 @@ def test_the_last_whole_checkpoint_is_resumed(tmp_path, tokenizer, straight, cap
     assert sorted(path.name for path in tmp_path.glob("*checkpoint-*")) == ["checkpoint-6", "incomplete-checkpoint-4"]
 
 
-def test_a_state_that_is_cut_off_is_not_whole(tmp_path, tokenizer, straight):  # noqa: F811
+def test_a_state_that_is_cut_off_is_not_whole(tmp_path, tokenizer, straight):
     make(tmp_path, tokenizer, **OPTIONS).train()
     for step in (4, 6):
         cut(tmp_path / f"checkpoint-{step}" / "trainer_state.json")
@@ -76,7 +76,7 @@ def test_a_state_that_is_cut_off_is_not_whole(tmp_path, tokenizer, straight):  #
         assert torch.equal(layer.spon_anchor["default"], wanted)
 
 
-def test_an_overwritten_checkpoint_is_no_mixture_of_two_runs(tmp_path, tokenizer):  # noqa: F811
+def test_an_overwritten_checkpoint_is_no_mixture_of_two_runs(tmp_path, tokenizer):
     make(tmp_path, tokenizer, **OPTIONS).train()
     again = make(tmp_path, tokenizer, **OPTIONS)
     kill_while_saving(again, "_save_optimizer_and_scheduler", 6)
@@ -85,7 +85,7 @@ def test_an_overwritten_checkpoint_is_no_mixture_of_two_runs(tmp_path, tokenizer
     assert not (tmp_path / "checkpoint-6" / "trainer_state.json").exists()
 
 
-def test_where_no_checkpoint_is_whole_that_is_said(tmp_path, tokenizer):  # noqa: F811
+def test_where_no_checkpoint_is_whole_that_is_said(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, **OPTIONS)
     with pytest.raises(ValueError, match="No valid checkpoint found"):
         trainer.train(resume_from_checkpoint=True)
@@ -98,7 +98,7 @@ def test_where_no_checkpoint_is_whole_that_is_said(tmp_path, tokenizer):  # noqa
     assert (tmp_path / "checkpoint-6" / "trainer_state.json").exists()
 
 
-def test_whole_checkpoints_and_other_folders_are_left_alone(tmp_path, tokenizer):  # noqa: F811
+def test_whole_checkpoints_and_other_folders_are_left_alone(tmp_path, tokenizer):
     make(tmp_path, tokenizer, **OPTIONS).train()
     before = sorted(path.name for path in tmp_path.iterdir())
     resumed = make(tmp_path, tokenizer, **OPTIONS)
@@ -110,7 +110,7 @@ def test_whole_checkpoints_and_other_folders_are_left_alone(tmp_path, tokenizer)
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 
-def test_a_process_killed_while_saving_resumes_to_the_same_anchors(tmp_path, tokenizer, straight):  # noqa: F811
+def test_a_process_killed_while_saving_resumes_to_the_same_anchors(tmp_path, tokenizer, straight):
     def train():
         trainer = make(tmp_path, tokenizer, **OPTIONS)
         plain = trainer._save_rng_state

@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from models import MODELS, VOCAB, by_formula, logits
+from models import MODELS, by_formula, calibrated, edit_json, edit_tensors, logits
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from peft_spon import SponConfig, calibrate
+from peft_spon import SponConfig
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -42,9 +42,7 @@ def test_adapters_of_every_released_format_load(folder):
 def trained(seed):
     torch.manual_seed(seed)
     fields = {"sparsity": 0.4 + 0.1 * seed, "modules_to_save": ["lm_head"], "prefill": "sparse", "init_weights": False}
-    model = get_peft_model(MODELS["llama"](), SponConfig(**fields)).eval()
-    calibrate(model, [{"input_ids": torch.randint(3, VOCAB, (4, 16))}], progress=False)
-    return model
+    return calibrated(get_peft_model(MODELS["llama"](), SponConfig(**fields)))
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +163,7 @@ MUTATIONS = {
 COUNTS = {"header": 80, "tensor": 120, "own tensor": 80, "json": 120, "swap": 6}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "what"), [(kind, what) for kind in MUTATIONS for what in MUTATIONS[kind]])
 def test_mutated_files_give_an_error_or_the_same_logits(kind, what, saved, tmp_path):
     saved_folder, wanted = saved
@@ -194,7 +193,10 @@ def test_mutated_files_give_an_error_or_the_same_logits(kind, what, saved, tmp_p
             lambda f: (f / ADAPTER).write_bytes((f / ADAPTER).read_bytes()[:100]),
             "adapter_model.safetensors is damaged",
         ),
-        (lambda f: edit(f / "adapter_config.json", "criterion", "topk"), "adapter_config.json is not as it was saved"),
+        (
+            lambda f: edit_json(f / "adapter_config.json", criterion="topk"),
+            "adapter_config.json is not as it was saved",
+        ),
         (
             lambda f: drop(f / ADAPTER, "down_proj.spon_threshold"),
             "'spon_threshold' of layer 'model.layers.0.mlp.down",
@@ -222,7 +224,7 @@ def test_errors_of_adapters_name_the_file_and_the_cause(change, message, saved, 
     ("change", "message"),
     [
         (
-            lambda f: edit(f / "config.json", "quantization_config", {"quant_method": "spon"}),
+            lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "spon"}),
             "config.json: quantization",
         ),
         (lambda f: drop(f / MODEL, "down_proj.spon_shift"), "layer 'model.layers.0.mlp.down_proj': .*spon_shift"),
@@ -238,21 +240,16 @@ def test_errors_of_merged_models_name_the_file_and_the_cause(change, message, sa
         tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged-a")
 
 
-def edit(path, key, value):
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-
-
 def drop(path, ending):
-    tensors = load_file(path)
-    del tensors[min(name for name in tensors if name.endswith(ending))]
-    save_file(tensors, path, metadata={"format": "pt"})
+    edit_tensors(path, lambda t: t.pop(min(name for name in t if name.endswith(ending))))
 
 
 def reshape(path, ending):
-    tensors = load_file(path)
-    name = min(name for name in tensors if name.endswith(ending))
-    tensors[name] = tensors[name][:-1].contiguous()
-    save_file(tensors, path, metadata={"format": "pt"})
+    def change(tensors):
+        name = min(name for name in tensors if name.endswith(ending))
+        tensors[name] = tensors[name][:-1]
+
+    edit_tensors(path, change)
 
 
 def test_a_setting_can_be_changed_through_the_config_object(saved):

@@ -24,7 +24,11 @@ from safetensors.torch import load_file
 import peft_spon  # noqa: F401  registers SPON
 
 
+# One process of pytest-xdist for all, so that fixtures are made once (--dist loadgroup).
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
+
 HERE = Path(__file__).parent
+CAN_RESUME = Version(accelerate.__version__) >= Version("1.15")
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -34,29 +38,51 @@ FSDP2 = {
 }
 
 
-def run(folder, processes=1, options=None, env=None):
-    """Anchors and reports of a run of distributed_worker.py."""
+def run(folder, processes, trainings, env=None):
+    """Anchors and reports of trainings of distributed_worker.py, one after the other, by name; folders are theirs."""
     launcher = [sys.executable]
     if processes > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
-    command = [*launcher, str(HERE / "distributed_worker.py"), str(folder), json.dumps(options or {})]
+    jobs = [word for name, options in trainings.items() for word in (str(folder / name), json.dumps(options))]
     paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    command = [*launcher, str(HERE / "distributed_worker.py"), *jobs]
     done = subprocess.run(command, env={**os.environ, **settings, **(env or {})}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    reports = [json.loads((folder / f"report-{rank}.json").read_text()) for rank in range(processes)]
-    assert [report["processes"] for report in reports] == [processes] * processes
-    for report in reports[1:]:
-        assert report["checksum"] == reports[0]["checksum"], "the ranks' anchors drifted apart"
-    return load_file(folder / "adapter_model.safetensors"), reports[0]
+    found = {}
+    for name in trainings:
+        reports = [json.loads((folder / name / f"report-{rank}.json").read_text()) for rank in range(processes)]
+        assert [report["processes"] for report in reports] == [processes] * processes
+        for report in reports[1:]:
+            assert report["checksum"] == reports[0]["checksum"], "the ranks' anchors drifted apart"
+        found[name] = load_file(folder / name / "adapter_model.safetensors"), reports[0]
+    return found
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("one"))
+    return run(tmp_path_factory.mktemp("one"), 1, {"plain": {}})["plain"]
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory):
+    accumulation = {"evaluate_first": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    return run(tmp_path_factory.mktemp("ddp"), 2, {"accumulation": accumulation, "reentrant": reentrant})
+
+
+@pytest.fixture(scope="module")
+def fsdp2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp2")
+    trainings = {"checkpointing": {"gradient_checkpointing": True}}
+    if CAN_RESUME:
+        adam = {"optim": "adamw_torch", "learning_rate": 0.2, "gain_learning_rate": 0.02, "recalibrations": 1}
+        trainings["straight"] = {**adam, "save_strategy": "steps", "save_steps": 2}
+        trainings["resumed"] = {**adam, "resume": str(folder / "straight" / "checkpoint-2")}
+    return folder, run(folder, 2, trainings, FSDP2)
 
 
 def assert_same(found, wanted):
@@ -72,44 +98,31 @@ def assert_same(found, wanted):
         assert report[key] == pytest.approx(wanted_report[key], rel=1e-5)
 
 
-def test_ddp_after_an_evaluation_with_accumulation(tmp_path, one):
+def test_ddp_after_an_evaluation_with_accumulation(ddp, one):
     """evaluate() before train() and gradient accumulation both change numbers in silence when handled naively."""
-    found = run(
-        tmp_path,
-        2,
-        {"evaluate_first": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-    )
-    assert found[1]["wrapped"] == "DistributedDataParallel"
-    assert_same(found, one)
+    assert ddp["accumulation"][1]["wrapped"] == "DistributedDataParallel"
+    assert_same(ddp["accumulation"], one)
 
 
-def test_ddp_with_reentrant_checkpointing(tmp_path, one):
-    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
-    assert_same(run(tmp_path, 2, options), one)
+def test_ddp_with_reentrant_checkpointing(ddp, one):
+    assert ddp["reentrant"][1]["wrapped"] == "DistributedDataParallel"
+    assert_same(ddp["reentrant"], one)
 
 
-def test_fsdp2_with_checkpointing(tmp_path, one):
-    found = run(tmp_path, 2, {"fsdp": True, "gradient_checkpointing": True}, FSDP2)
-    assert "FSDP" in found[1]["type"]
-    assert found[1]["sharded"] > 2 * found[1]["layers"]
-    assert_same(found, one)
-    loaded = PeftModel.from_pretrained(MODELS["llama"](), tmp_path)
+def test_fsdp2_with_checkpointing(fsdp2, one):
+    folder, found = fsdp2
+    report = found["checkpointing"][1]
+    assert "FSDP" in report["type"]
+    assert report["sharded"] > 2 * report["layers"]
+    assert_same(found["checkpointing"], one)
+    loaded = PeftModel.from_pretrained(MODELS["llama"](), folder / "checkpointing")
     assert loaded.peft_config["default"].calibrated
 
 
-@pytest.mark.skipif(
-    Version(accelerate.__version__) < Version("1.15"), reason="older ones load an adapter on the first process only"
-)
-def test_fsdp2_resumes_to_the_same_anchors(tmp_path):
-    adam = {
-        "fsdp": True,
-        "optim": "adamw_torch",
-        "learning_rate": 0.2,
-        "gain_learning_rate": 0.02,
-        "recalibrations": 1,
-    }
-    straight, report = run(tmp_path, 2, {**adam, "save_strategy": "steps", "save_steps": 2}, FSDP2)
-    resumed, again = run(tmp_path / "b", 2, {**adam, "resume": str(tmp_path / "checkpoint-2")}, FSDP2)
+@pytest.mark.skipif(not CAN_RESUME, reason="accelerate before 1.15 loads an adapter on the first process only")
+def test_fsdp2_resumes_to_the_same_anchors(fsdp2):
+    (straight, report), (resumed, again) = (fsdp2[1][name] for name in ("straight", "resumed"))
+    assert all("FSDP" in each["type"] and each["sharded"] for each in (report, again))
     assert all(torch.equal(straight[key], resumed[key]) for key in straight)
     assert again["losses"] == report["losses"], "the log goes on from the checkpoint's"
     assert again["compared"] == report["compared"], "and before is before the first run, not before the resumed one"

@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
+from distributed_worker import texts
 from models import MODELS, logits
 from peft import PeftModel, get_peft_model
-from test_trainer import make, texts, tokenizer  # noqa: F401  (a fixture)
+from test_trainer import make
 from transformers import TrainerCallback
 
 from peft_spon import SponConfig
@@ -39,7 +40,7 @@ def poison(trainer, value=math.nan):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("step", [4, 2])
-def test_an_update_that_breaks_an_anchor_is_never_saved(tmp_path, tokenizer, value, step):  # noqa: F811
+def test_an_update_that_breaks_an_anchor_is_never_saved(tmp_path, tokenizer, value, step):
     trainer = make(tmp_path, tokenizer, save_strategy="steps", save_steps=1)
     trainer.add_callback(At("on_pre_optimizer_step", step - 1, lambda: poison(trainer, value)))
     with pytest.raises(TrainingDiverged, match=f"anchors are NaN or infinite after step {step}.*last-good"):
@@ -50,7 +51,7 @@ def test_an_update_that_breaks_an_anchor_is_never_saved(tmp_path, tokenizer, val
     assert torch.equal(logits(loaded, "llama"), logits(trainer.model.eval(), "llama"))
 
 
-def test_what_breaks_after_the_last_update_is_noticed_too(tmp_path, tokenizer):  # noqa: F811
+def test_what_breaks_after_the_last_update_is_noticed_too(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer)
     trainer.add_callback(At("on_train_end", 4, lambda: poison(trainer)))
     with pytest.raises(TrainingDiverged, match="held-out data is nan after the last step"):
@@ -59,7 +60,7 @@ def test_what_breaks_after_the_last_update_is_noticed_too(tmp_path, tokenizer): 
 
 
 @pytest.mark.parametrize("steps", [1, 3, 15])
-def test_short_runs_stop_as_well(tmp_path, tokenizer, steps):  # noqa: F811
+def test_short_runs_stop_as_well(tmp_path, tokenizer, steps):
     trainer = make(tmp_path, tokenizer, max_steps=steps, learning_rate=150.0 / steps)
     with pytest.raises(
         TrainingDiverged, match=r"The KL diverges: .* on held-out data after the last step, .* at the st"
@@ -68,7 +69,7 @@ def test_short_runs_stop_as_well(tmp_path, tokenizer, steps):  # noqa: F811
     assert all(not layer.spon_anchor["default"].any() for layer in spon_layers(trainer.model).values())
 
 
-def test_anchors_and_thresholds_go_back_to_one_moment(tmp_path, tokenizer):  # noqa: F811
+def test_anchors_and_thresholds_go_back_to_one_moment(tmp_path, tokenizer):
     """The best stretch ends at step 20; the thresholds are fitted anew at step 30, and the training breaks at 35."""
     trainer = make(tmp_path, tokenizer, max_steps=60, recalibrations=1)
     seen = {}
@@ -97,7 +98,7 @@ def test_anchors_and_thresholds_go_back_to_one_moment(tmp_path, tokenizer):  # n
         assert torch.equal(layer.spon_threshold["default"], found[name][1]), "threshold and table belong together"
 
 
-def test_the_mark_is_part_of_the_checkpoint(tmp_path, tokenizer):  # noqa: F811
+def test_the_mark_is_part_of_the_checkpoint(tmp_path, tokenizer):
     """Anchors that got much worse just before a checkpoint do not get a new, higher mark by being resumed."""
     options = {"save_strategy": "steps", "save_steps": 10, "learning_rate": 1e-6, "gain_learning_rate": 1e-6}
     straight = make(tmp_path, tokenizer, max_steps=10, **options)
@@ -118,7 +119,7 @@ def test_the_mark_is_part_of_the_checkpoint(tmp_path, tokenizer):  # noqa: F811
 
 
 @pytest.mark.parametrize("held_out", [True, False])
-def test_before_a_resumed_training_is_before_its_first_step(tmp_path, tokenizer, held_out):  # noqa: F811
+def test_before_a_resumed_training_is_before_its_first_step(tmp_path, tokenizer, held_out):
     def trained(resume=None):
         trainer = make(tmp_path, tokenizer, save_strategy="steps", save_steps=2, learning_rate=0.2)
         trainer.eval_dataset = trainer.eval_dataset if held_out else None
@@ -130,7 +131,7 @@ def test_before_a_resumed_training_is_before_its_first_step(tmp_path, tokenizer,
     assert resumed["kl_after"] != pytest.approx(resumed["kl_before"], rel=1e-3)
 
 
-def test_a_checkpoint_without_a_mark_gets_one(tmp_path, tokenizer):  # noqa: F811
+def test_a_checkpoint_without_a_mark_gets_one(tmp_path, tokenizer):
     make(tmp_path, tokenizer, save_strategy="steps", save_steps=2).train()
     path = tmp_path / "checkpoint-2" / "trainer_state.json"
     state = json.loads(path.read_text())
@@ -141,14 +142,14 @@ def test_a_checkpoint_without_a_mark_gets_one(tmp_path, tokenizer):  # noqa: F81
     assert 0 < resumed._watch.start < math.inf
 
 
-def test_a_broken_dense_model_is_found_before_the_first_step(tmp_path, tokenizer):  # noqa: F811
+def test_a_broken_dense_model_is_found_before_the_first_step(tmp_path, tokenizer):
     base = MODELS["llama"]()
     base.model.norm.weight.data.fill_(math.nan)
     with pytest.raises(TrainingDiverged, match=r"KL is nan before the first step: logits are NaN.*dtype"):
         make(tmp_path, tokenizer, get_peft_model(base, SponConfig(criterion="topk"))).train()
 
 
-def test_no_alarm_on_a_training_that_does_well(tmp_path, tokenizer):  # noqa: F811
+def test_no_alarm_on_a_training_that_does_well(tmp_path, tokenizer):
     for steps in (8, 21):
         options = {"max_steps": steps, "per_device_train_batch_size": 48}
         metrics = make(tmp_path, tokenizer, eval_data=texts(), **options).train().metrics

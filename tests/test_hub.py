@@ -23,6 +23,9 @@ from peft import get_peft_model
 from peft_spon import SponConfig
 
 
+# One process of pytest-xdist for all, so that the world is made once (--dist loadgroup).
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("hub")]
+
 HERE = Path(__file__).parent
 
 

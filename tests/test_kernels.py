@@ -151,7 +151,7 @@ def test_the_set_is_that_of_the_criterion(name, dtype, n):
     norms = torch.rand(n) + 0.5
     for trial in range(12):
         x = (torch.randn(1, 1, n) * 10.0 ** (trial % 5 - 2)).to(dtype)
-        score = criterion.score(x, norms)
+        score = criterion.score(x, {"column_scale": norms})
         tau = score.flatten().kthvalue(n // 2).values
         for threshold in (tau, tau.nextafter(torch.tensor(0.0)), tau.nextafter(torch.tensor(INF)), tau * 1.0001):
             expected = x * keep_above(score, threshold, dtype)
@@ -167,12 +167,12 @@ def test_the_set_for_strange_inputs(name):
     strange = torch.stack([usual, usual * 0, usual * 1e-25, usual * 1e20, usual * 1e38, usual * 1e-42])
     for x in (*strange, strange):
         for tau in (torch.tensor(0.5), torch.tensor(0.0), torch.tensor(-1.0), torch.tensor(INF), torch.tensor(NAN)):
-            expected = x * keep_above(criterion.score(x, norms), tau, x.dtype)
+            expected = x * keep_above(criterion.score(x, {"column_scale": norms}), tau, x.dtype)
             assert torch.equal(kernels.threshold_gemv(x, identity, tau, **score_arguments(name, norms)), expected)
     for bad in (NAN, INF):
         x = usual.clone()
         x[3] = bad
-        expected = x * keep_above(criterion.score(x, norms), torch.tensor(0.5), x.dtype)
+        expected = x * keep_above(criterion.score(x, {"column_scale": norms}), torch.tensor(0.5), x.dtype)
         y = kernels.threshold_gemv(x, torch.ones(n, 1), torch.tensor(0.5), **score_arguments(name, norms))
         torch.testing.assert_close(y, expected.sum()[None], equal_nan=True)
 
@@ -182,7 +182,7 @@ def test_the_set_for_strange_inputs(name):
 def test_threshold_gain_and_shift_in_one_call(dtype, rows):
     x, weight_t, shift = inputs((rows,), 320, 200, dtype, sparsity=0.0)
     norms, gain, tau = torch.rand(320) + 0.5, 1 + 0.3 * torch.randn(320), torch.tensor(0.9)
-    kept = x * keep_above(CRITERIA["weighted"]().score(x, norms), tau, dtype)
+    kept = x * keep_above(CRITERIA["weighted"]().score(x, {"column_scale": norms}), tau, dtype)
     if rows == 1:
         weight_t = poisoned(weight_t, kept)
     y = kernels.threshold_gemv(x, weight_t, tau, norms, gain, shift, relative=True)
@@ -311,8 +311,15 @@ def reload(monkeypatch):
 
 
 @compiled
-def test_the_portable_kernel(reload):
-    assert reload(PEFT_SPON_CPU_KERNEL="portable").name == "c-portable"
+@pytest.mark.parametrize("instructions", cpu.INSTRUCTION_SETS)
+def test_the_kernel_for_every_instruction_set_of_this_machine(reload, instructions):
+    try:
+        kernel = reload(PEFT_SPON_CPU_KERNEL=instructions)
+    except ValueError as refusal:
+        if instructions == "portable":
+            raise
+        pytest.skip(str(refusal))
+    assert kernel.name == f"c-{instructions}"
     for dtype in DTYPES:
         for rows in ((1,), (3,)):
             z, weight_t, bias = inputs(rows, 301, 700, dtype, sparsity=0.7)
@@ -321,7 +328,7 @@ def test_the_portable_kernel(reload):
             assert torch.equal(kernels.dense_gemv(z, weight_t, bias), y)
             x = torch.randn(700).to(dtype)
             norms, tau = torch.rand(700) + 0.5, torch.tensor(0.8)
-            kept = x * keep_above(CRITERIA["weighted"]().score(x, norms), tau, dtype)
+            kept = x * keep_above(CRITERIA["weighted"]().score(x, {"column_scale": norms}), tau, dtype)
             y = kernels.threshold_gemv(x, torch.eye(700, dtype=dtype), tau, norms, relative=True)
             assert torch.equal(y, kept)
 

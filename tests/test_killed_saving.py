@@ -13,11 +13,11 @@ import pytest
 import safetensors.torch
 import torch
 import transformers as tf
-from models import MODELS, VOCAB, logits
+from models import MODELS, calibrated, logits
 from peft import PeftModel, get_peft_model
 from test_merged_checkpoints import merged_model
 
-from peft_spon import SponConfig, calibrate
+from peft_spon import SponConfig
 
 
 def forked(action):
@@ -109,9 +109,7 @@ def test_killed_while_saving_a_merged_model(before, tmp_path):
 
 def adapter(seed):
     torch.manual_seed(seed)
-    model = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.3 + 0.2 * seed, init_weights=False)).eval()
-    calibrate(model, [{"input_ids": torch.randint(3, VOCAB, (4, 16))}], progress=False)
-    return model
+    return calibrated(get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.3 + 0.2 * seed, init_weights=False)))
 
 
 def load_adapter(folder):

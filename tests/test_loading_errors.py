@@ -2,16 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad files and bad targets: an error that says what, which value and the remedy, and the model as it was."""
 
-import json
-
 import pytest
 import torch
-from models import MODELS, inputs, logits
+from models import MODELS, calibrated, edit_json, edit_tensors, inputs, logits
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from peft_spon import SponConfig, calibrate
+from peft_spon.sites import spon_layers
 
 
 @pytest.fixture
@@ -22,16 +21,9 @@ def saved(tmp_path):
     return tmp_path
 
 
-def edit_weights(folder, change):
-    tensors = load_file(folder / "adapter_model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
 def edit_config(folder, **changes):
-    path = folder / "adapter_config.json"
     # Without the checksums of this version, as files of older ones are.
-    path.write_text(json.dumps({**json.loads(path.read_text()), "checksums": None, **changes}))
+    edit_json(folder / "adapter_config.json", checksums=None, **changes)
 
 
 KEY = "base_model.model.model.layers.0.mlp.down_proj."
@@ -47,17 +39,17 @@ def check_refused(folder, message, family="llama", error=ValueError):
 
 
 def test_missing_threshold(saved):
-    edit_weights(saved, lambda t: t.pop(KEY + "spon_threshold"))
+    edit_tensors(saved / "adapter_model.safetensors", lambda t: t.pop(KEY + "spon_threshold"))
     check_refused(saved, r"no 'spon_threshold' of layer 'model.layers.0.mlp.down_proj'.*calibrate\(\)")
 
 
 def test_missing_anchor(saved):
-    edit_weights(saved, lambda t: t.pop(KEY + "spon_anchor"))
+    edit_tensors(saved / "adapter_model.safetensors", lambda t: t.pop(KEY + "spon_anchor"))
     check_refused(saved, "no 'spon_anchor' of layer 'model.layers.0.mlp.down_proj'.*onto the model it was trained for")
 
 
 def test_shape_of_another_model(saved):
-    edit_weights(saved, lambda t: t.update({KEY + "spon_anchor": torch.zeros(7)}))
+    edit_tensors(saved / "adapter_model.safetensors", lambda t: t.update({KEY + "spon_anchor": torch.zeros(7)}))
     check_refused(
         saved, r"'spon_anchor' of layer 'model.layers.0.mlp.down_proj' has shape \(7,\), the model needs \(32,\)"
     )
@@ -66,7 +58,7 @@ def test_shape_of_another_model(saved):
 @pytest.mark.parametrize("part", ["spon_threshold", "spon_quantiles", "spon_column_scale", "spon_anchor", "spon_gain"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_finite(saved, part, value):
-    edit_weights(saved, lambda t: t[KEY + part].fill_(value))
+    edit_tensors(saved / "adapter_model.safetensors", lambda t: t[KEY + part].fill_(value))
     check_refused(saved, f"'{part}' of layer 'model.layers.0.mlp.down_proj' holds NaN or infinity")
 
 
@@ -83,7 +75,7 @@ def test_unknown_criterion(saved):
 def test_failed_load_of_a_second_adapter_leaves_the_first(saved):
     model = get_peft_model(MODELS["llama"](), SponConfig(init_weights=False, sparsity=0.3)).eval()
     before = logits(model, "llama")
-    edit_weights(saved, lambda t: t.pop(KEY + "spon_threshold"))
+    edit_tensors(saved / "adapter_model.safetensors", lambda t: t.pop(KEY + "spon_threshold"))
     with pytest.raises(ValueError, match="no 'spon_threshold'"):
         model.load_adapter(str(saved), "second")
     assert list(model.peft_config) == ["default"]
@@ -100,7 +92,7 @@ def test_pickle_only_adapter_is_refused(saved):
 def test_failed_load_takes_modules_to_save_out_again(tmp_path):
     model = get_peft_model(MODELS["llama"](), SponConfig(init_weights=False, modules_to_save=["lm_head"]))
     model.save_pretrained(tmp_path)
-    edit_weights(tmp_path, lambda t: t.pop(KEY + "spon_anchor"))
+    edit_tensors(tmp_path / "adapter_model.safetensors", lambda t: t.pop(KEY + "spon_anchor"))
     check_refused(tmp_path, "no 'spon_anchor'")
     base = MODELS["llama"]()
     with pytest.raises(ValueError, match="no 'spon_anchor'"):
@@ -189,3 +181,29 @@ def test_modules_to_save_as_a_set(tmp_path):
     assert torch.equal(
         logits(PeftModel.from_pretrained(MODELS["llama"](), tmp_path).eval(), "llama"), logits(model.eval(), "llama")
     )
+
+
+def two_adapters():
+    """Of which the one that is to go has run; its layers stay for the other."""
+    model = calibrated(get_peft_model(MODELS["llama"](), SponConfig(init_weights=False)))
+    model.add_adapter("other", SponConfig())
+    logits(model, "llama")
+    model.delete_adapter("default")
+    return model
+
+
+def test_a_name_used_again_is_a_new_adapter_to_the_check_for_thresholds():
+    model = two_adapters()
+    model.add_adapter("default", SponConfig(calibrated=True))
+    model.set_adapter("default")
+    with pytest.raises(ValueError, match="'default' is said to be calibrated but has no thresholds"):
+        logits(model, "llama")
+
+
+def test_a_name_used_again_is_a_new_adapter_to_the_undoing_of_a_failed_load(saved):
+    edit_tensors(saved / "adapter_model.safetensors", lambda t: t.pop(KEY + "spon_anchor"))
+    model = two_adapters()
+    with pytest.raises(ValueError, match="no 'spon_anchor'"):
+        model.load_adapter(saved, "default")
+    assert list(model.peft_config) == ["other"]
+    assert all(set(layer.spon_settings) == {"other"} for layer in spon_layers(model).values())

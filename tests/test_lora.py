@@ -12,8 +12,9 @@ import sys
 import pytest
 import torch
 import transformers as tf
-from models import MODELS, VOCAB, inputs, logits
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from lora_models import ROUTES, lora_config, spon_config, spon_then_lora, trained
+from models import MODELS, VOCAB, calibrated, inputs, logits
+from peft import IA3Config, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
@@ -34,40 +35,6 @@ from peft_spon.sparse_linear import SparseMixin
 
 
 CAUSAL = ["llama", "qwen3", "gpt2", "opt"]
-
-
-def lora_config(**fields):
-    """A LoRA that is not the identity, so that losing it shows."""
-    return LoraConfig(**{"r": 4, "init_lora_weights": False, "target_modules": "all-linear", **fields})
-
-
-def spon_config(**fields):
-    return SponConfig(**{"init_weights": False, "sparsity": 0.5, **fields})
-
-
-def calibrated(model):
-    calibrate(model, [{"input_ids": torch.randint(3, VOCAB, (4, 16))}], progress=False)
-    return model.eval()
-
-
-def spon_then_lora(family="llama", lora=None, **fields):
-    torch.manual_seed(3)
-    model = calibrated(get_peft_model(MODELS[family](), spon_config(**fields)))
-    return add_lora(model, lora or lora_config())
-
-
-def lora_then_spon(family="llama", lora=None, **fields):
-    torch.manual_seed(3)
-    model = get_peft_model(MODELS[family](), lora or lora_config())
-    return calibrated(get_peft_model(model, spon_config(**fields)))
-
-
-ROUTES = {"spon first": spon_then_lora, "lora first": lora_then_spon}
-
-
-@pytest.fixture(params=sorted(ROUTES))
-def route(request):
-    return ROUTES[request.param]
 
 
 def close(a, b):
@@ -223,12 +190,6 @@ def test_a_failed_add_lora_leaves_the_model_as_it_was():
 
 
 # ---- what is trained ---------------------------------------------------------------------------------------------
-
-
-def trained(model):
-    found = {name for name, p in model.named_parameters() if p.requires_grad}
-    kinds = {"lora": "lora_", "anchors": "spon_", "head": "modules_to_save"}
-    return {kind for kind, part in kinds.items() if any(part in name for name in found)}, found
 
 
 @pytest.mark.parametrize("what", ["lora", "anchors", "both"])

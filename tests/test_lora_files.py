@@ -12,27 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import MODELS, logits
+from lora_models import lora_config, lora_then_spon, spon_config, spon_then_lora
+from models import MODELS, calibrated, edit_json, edit_tensors, logits
 from peft import ArrowConfig, IA3Config, LoraConfig, PeftModel, create_arrow_model, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_killed_saving import kill_everywhere
-from test_lora import ROUTES, calibrated, close, lora_config, lora_then_spon, spon_config, spon_then_lora
+from test_lora import close
 
 import peft_spon
 from peft_spon import SponConfig, add_lora, dense_mode, load_with_lora, save_lora, set_trainable, without_lora
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-def edit(path, **fields):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-def edit_tensors(path, change):
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, {"format": "pt"})
 
 
 def train(model, seed):
@@ -131,12 +122,12 @@ DAMAGES = {
     "no json": lambda f: (f / CONFIG).write_text((f / CONFIG).read_text()[:-9]),
     "no text": lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"),
     "a list": lambda f: (f / CONFIG).write_text("[]"),
-    "alpha": lambda f: edit(f / CONFIG, lora_alpha=9),
-    "rslora": lambda f: edit(f / CONFIG, use_rslora=True),
-    "targets": lambda f: edit(f / CONFIG, target_modules=["q_proj"]),
-    "pattern": lambda f: edit(f / CONFIG, alpha_pattern={"q_proj": 3}),
-    "another method": lambda f: edit(f / CONFIG, peft_type="ADALORA"),
-    "replicated": lambda f: edit(f / CONFIG, layer_replication=[[0, 2], [1, 2]]),
+    "alpha": lambda f: edit_json(f / CONFIG, lora_alpha=9),
+    "rslora": lambda f: edit_json(f / CONFIG, use_rslora=True),
+    "targets": lambda f: edit_json(f / CONFIG, target_modules=["q_proj"]),
+    "pattern": lambda f: edit_json(f / CONFIG, alpha_pattern={"q_proj": 3}),
+    "another method": lambda f: edit_json(f / CONFIG, peft_type="ADALORA"),
+    "replicated": lambda f: edit_json(f / CONFIG, layer_replication=[[0, 2], [1, 2]]),
     "spon's": lambda f: shutil.copy(f.parent / CONFIG, f / CONFIG),
 }
 
@@ -153,9 +144,9 @@ SPON_DAMAGES = {
     "truncated": lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:200]),
     "tensor gone": lambda f: edit_tensors(f / WEIGHTS, lambda t: t.pop(min(t))),
     "of another model": lambda f: edit_tensors(f / WEIGHTS, lambda t: t.update({min(t): t[min(t)][:3].contiguous()})),
-    "another method": lambda f: edit(f / CONFIG, peft_type="LORA"),
-    "and another": lambda f: edit(f / CONFIG, peft_type="IA3"),
-    "loras": lambda f: edit(f / CONFIG, checksums={"loras": {"task": "x"}}),
+    "another method": lambda f: edit_json(f / CONFIG, peft_type="LORA"),
+    "and another": lambda f: edit_json(f / CONFIG, peft_type="IA3"),
+    "loras": lambda f: edit_json(f / CONFIG, checksums={"loras": {"task": "x"}}),
     "a lora": lambda f: [shutil.copy(f / "task" / name, f / name) for name in (CONFIG, WEIGHTS)],
 }
 
@@ -172,7 +163,7 @@ def test_a_damaged_spon_adapter_leaves_the_base_as_it_was(damage, kind, tmp_path
 def test_the_type_that_never_leaves_a_process_is_refused(tmp_path):
     spon_then_lora().save_pretrained(tmp_path)
     for folder in (tmp_path, tmp_path / "task"):
-        edit(folder / CONFIG, peft_type="SPON_LORA")
+        edit_json(folder / CONFIG, peft_type="SPON_LORA")
         with pytest.raises(ValueError, match="peft_type='SPON_LORA', which no file has"):
             PeftModel.from_pretrained(MODELS["llama"](), folder)
 
@@ -208,7 +199,7 @@ def test_adapters_that_name_no_lora_yet_load(route, tmp_path):
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / CONFIG).read_text())["checksums"]
     assert written.pop("loras").keys() == {"task"}
-    edit(tmp_path / CONFIG, checksums=written)
+    edit_json(tmp_path / CONFIG, checksums=written)
     again = load_with_lora(MODELS["llama"](), tmp_path).eval()
     assert torch.equal(logits(again, "llama"), logits(model, "llama"))
 
@@ -543,8 +534,3 @@ def test_killed_while_saving_a_lora(tmp_path):
 def test_arguments_in_another_order(call, message):
     with pytest.raises(TypeError, match=message):
         call(get_peft_model(MODELS["llama"](), spon_config()))
-
-
-@pytest.fixture(params=sorted(ROUTES))
-def route(request):
-    return ROUTES[request.param]

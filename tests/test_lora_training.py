@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from models import MODELS, VOCAB, logits
+from lora_models import lora_config
+from models import MODELS, VOCAB, calibrated, logits
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from test_trainer import tokenizer  # noqa: F401  (a fixture)
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -32,7 +32,7 @@ def sparse_model(trainable=None, name="default"):
     return model if trainable is None else add_lora(model, lora, trainable=trainable)
 
 
-def trainer_of(kind, model, tmp_path, tokenizer, **kwargs):  # noqa: F811
+def trainer_of(kind, model, tmp_path, tokenizer, **kwargs):
     trainer_class, config_class = {"sft": (SFTTrainer, SFTConfig), "spon": (SponTrainer, SponTrainingConfig)}[kind]
     rate = {"learning_rate": 0.02} if kind == "sft" else {}
     data = {"train_dataset": rows(), "eval_dataset": kwargs.pop("eval_dataset", None)}
@@ -68,7 +68,7 @@ def moved(before, model):
 @pytest.mark.parametrize(
     ("trainable", "kinds"), [("lora", {"lora"}), ("anchors", {"spon"}), ("both", {"lora", "spon"})]
 )
-def test_sft_trainer_trains_what_was_chosen(trainable, kinds, tmp_path, tokenizer):  # noqa: F811
+def test_sft_trainer_trains_what_was_chosen(trainable, kinds, tmp_path, tokenizer):
     model = sparse_model(trainable)
     before = state(model)
     trainer = trainer_of("sft", model, tmp_path, tokenizer, gradient_checkpointing=True)
@@ -80,7 +80,7 @@ def test_sft_trainer_trains_what_was_chosen(trainable, kinds, tmp_path, tokenize
     assert torch.equal(logits(again, "llama"), logits(trainer.model.eval(), "llama"))
 
 
-def test_spon_trainer_distils_over_a_frozen_lora(tmp_path, tokenizer):  # noqa: F811
+def test_spon_trainer_distils_over_a_frozen_lora(tmp_path, tokenizer):
     torch.manual_seed(0)
     lora = get_peft_model(MODELS["llama"](), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     model = get_peft_model(lora, SponConfig(sparsity=0.6))
@@ -125,7 +125,7 @@ restores_all = pytest.mark.skipif(
         ("spon", "anchors", "default"),
     ],
 )
-def test_a_checkpoint_resumes_both_exactly(kind, trainable, name, tmp_path, tokenizer):  # noqa: F811
+def test_a_checkpoint_resumes_both_exactly(kind, trainable, name, tmp_path, tokenizer):
     def start(folder):
         return trainer_of(kind, sparse_model(trainable, name), folder, tokenizer, save_strategy="steps", save_steps=2)
 
@@ -149,7 +149,7 @@ def test_a_checkpoint_resumes_both_exactly(kind, trainable, name, tmp_path, toke
     assert not {"model.safetensors", "pytorch_model.bin"} & names, "only adapters"
 
 
-def test_distil_fine_tune_distil_again(tmp_path, tokenizer):  # noqa: F811
+def test_distil_fine_tune_distil_again(tmp_path, tokenizer):
     """The joint recipe, one object all the way."""
     trainer = trainer_of("spon", sparse_model(), tmp_path, tokenizer)
     trainer.train()
@@ -163,3 +163,55 @@ def test_distil_fine_tune_distil_again(tmp_path, tokenizer):  # noqa: F811
     assert moved(before, model) == {"spon"}
     merged = model.merge_and_unload().eval()
     assert logits(merged, "llama").isfinite().all()
+
+
+class Compares(TrainerCallback):
+    """A user's look at the dense model in the middle of a training."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        with model.disable_adapter(), torch.no_grad():
+            model(input_ids=torch.tensor(rows()["input_ids"][:1]))
+
+
+def test_a_look_at_the_dense_model_does_not_move_the_teacher(tmp_path, tokenizer):
+    model = sparse_model("lora")
+    trainer = trainer_of("spon", model, tmp_path, tokenizer)
+    trainer.add_callback(Compares())
+    before = state(model)
+    trainer.train()
+    changed = {name for name, value in state(model).items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("spon_" in name for name in changed)
+    # What was chosen before the distillation holds again after it.
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {n for n in before if "lora_" in n}
+
+
+def test_a_lora_model_without_spon_is_told_what_to_do(tmp_path, tokenizer):
+    lora = get_peft_model(MODELS["llama"](), lora_config())
+    with pytest.raises(ValueError, match=r"adapters \['default'\], but no SPON.*get_peft_model\(model, SponConfig"):
+        trainer_of("spon", lora, tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize(("spon", "lora"), [("default", "task"), ("anchors", "default")])
+def test_the_best_checkpoint_is_that_of_both(spon, lora, tmp_path, tokenizer):
+    torch.manual_seed(0)
+    model = calibrated(get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.5), spon))
+    add_lora(model, LoraConfig(r=4, target_modules="all-linear"), lora, trainable="both")
+    trainer = trainer_of(
+        "sft",
+        model,
+        tmp_path,
+        tokenizer,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # so that the last is not the best
+        eval_dataset=rows(8, seed=1),
+    )
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert max(losses) > losses[-1]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(max(losses), abs=1e-6)

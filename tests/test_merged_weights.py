@@ -2,15 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every bit of a merged model's weights is checked when it is loaded, in any dtype and on any device."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
-from models import SMALL, SPECIAL, build, inputs, logits
-from safetensors.torch import load_file, save_file
+from models import SMALL, SPECIAL, build, edit_json, edit_tensors, inputs, logits
+from safetensors.torch import load_file
 from test_merged_checkpoints import auto_class, merged_model
 
 from peft_spon.checksums import is_same_weight, weight_hashes
@@ -23,19 +22,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def load(folder, **kwargs):
     return tf.AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-
-
-def edit_tensors(folder, change):
-    tensors = load_file(folder / MODEL)
-    change(tensors)
-    save_file(tensors, folder / MODEL, metadata={"format": "pt"})
-
-
-def edit_config(folder, change):
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    change(config)
-    path.write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +56,7 @@ def flip(tensors, name, index, bit):
     ],
 )
 def test_one_flipped_bit_is_refused(folder, name, index, bit):
-    edit_tensors(folder, lambda tensors: flip(tensors, name, index, bit))
+    edit_tensors(folder / MODEL, lambda tensors: flip(tensors, name, index, bit))
     with pytest.raises(ValueError, match=name.replace(".spon_shift", "'.*spon_shift")):
         load(folder)
 
@@ -81,7 +67,7 @@ def test_a_changed_range_of_any_parameter_is_refused(family, tmp_path):
     whole = load_file(tmp_path / "whole" / MODEL)
     for name in [name for name in whole if "spon_" not in name][::7]:
         shutil.copytree(tmp_path / "whole", tmp_path / "changed")
-        edit_tensors(tmp_path / "changed", lambda tensors, name=name: tensors[name].view(-1)[3:9].sub_(1))
+        edit_tensors(tmp_path / "changed" / MODEL, lambda tensors, name=name: tensors[name].view(-1)[3:9].sub_(1))
         with pytest.raises(ValueError, match="is not the one that was saved"):
             auto_class(family).from_pretrained(tmp_path / "changed")
         shutil.rmtree(tmp_path / "changed")
@@ -96,7 +82,7 @@ def test_checked_in_whatever_dtype_it_is_loaded(saved, stored, loaded, tmp_path)
     wanted = load_file(source / MODEL)["model.layers.1.mlp.up_proj.weight"].to(loaded)
     assert torch.equal(model.model.layers[1].mlp.up_proj.weight, wanted)
     shutil.copytree(source, tmp_path / "damaged")
-    edit_tensors(tmp_path / "damaged", lambda t: t["model.layers.1.mlp.up_proj.weight"][3, 4:6].mul_(1.5))
+    edit_tensors(tmp_path / "damaged" / MODEL, lambda t: t["model.layers.1.mlp.up_proj.weight"][3, 4:6].mul_(1.5))
     with pytest.raises(ValueError, match="weight 'model.layers.1.mlp.up_proj.weight' is not the one that was saved"):
         load(tmp_path / "damaged", dtype=loaded)
 
@@ -105,7 +91,7 @@ def test_the_config_of_a_sibling_in_another_dtype_does_not_switch_the_check_off(
     shutil.copy(saved[0] / "bfloat16" / "config.json", folder)
     with pytest.raises(ValueError, match="not those that were saved|is not the one that was saved"):
         load(folder, dtype=torch.float32)
-    edit_tensors(folder, lambda tensors: tensors["model.layers.0.mlp.gate_proj.weight"][0, :9].zero_())
+    edit_tensors(folder / MODEL, lambda tensors: tensors["model.layers.0.mlp.gate_proj.weight"][0, :9].zero_())
     for dtype in ("auto", *DTYPES):
         with pytest.raises(ValueError, match="not those that were saved|is not the one that was saved"):
             load(folder, dtype=dtype)
@@ -121,20 +107,20 @@ def test_the_config_of_a_sibling_in_another_dtype_does_not_switch_the_check_off(
     ids=str,
 )
 def test_settings_that_build_another_model_are_refused(folder, edits, message):
-    edit_config(folder, lambda config: config.update(edits))
+    edit_json(folder / "config.json", **edits)
     with pytest.raises(ValueError, match=message):
         load(folder)
 
 
 def test_fewer_layers_are_refused_where_the_last_ones_are_dense(tmp_path):
     merged_model(layers_to_transform=[0]).save_pretrained(tmp_path)
-    edit_config(tmp_path, lambda config: config.update(num_hidden_layers=1))
+    edit_json(tmp_path / "config.json", num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"layers\.1\..*' was saved but is not in the model \(9 such\)"):
         load(tmp_path)
 
 
 def test_tying_a_head_is_refused_or_not_done(saved, folder):
-    edit_config(folder, lambda config: config.update(tie_word_embeddings=True))
+    edit_json(folder / "config.json", tie_word_embeddings=True)
     if tf.__version__.startswith("4."):
         with pytest.raises(ValueError, match="weight 'lm_head.weight' is not the one that was saved"):
             load(folder)
@@ -146,7 +132,7 @@ def test_untying_a_head_is_refused(tmp_path):
     config = tf.LlamaConfig(**SMALL, **SPECIAL, intermediate_size=64, tie_word_embeddings=True)
     merged_model(base=build(tf.LlamaForCausalLM, config)).save_pretrained(tmp_path)
     load(tmp_path)
-    edit_config(tmp_path, lambda config: config.update(tie_word_embeddings=False))
+    edit_json(tmp_path / "config.json", tie_word_embeddings=False)
     with pytest.raises(ValueError, match=r"weight 'lm_head\.weight' is not the one that was saved"):
         load(tmp_path)
 
@@ -168,7 +154,7 @@ def test_hashes_cannot_be_left_out(folder, change):
         else:
             found["hashes"][name] = 7 if change == "number" else {"dtype": "load", "shape": [], "hashes": {}}
 
-    edit_config(folder, edit)
+    edit_json(folder / "config.json", edit)
     with pytest.raises(ValueError, match="config.json: (quantization_config|weight)"):
         load(folder)
 
@@ -179,7 +165,7 @@ def test_another_class_may_have_a_new_head_but_no_new_blocks(folder):
         ids = inputs("llama")["input_ids"]
         classifier = tf.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
         assert torch.equal(classifier.model(ids)[0], body(ids)[0])
-    edit_config(folder, lambda config: config.update(num_hidden_layers=3))
+    edit_json(folder / "config.json", num_hidden_layers=3)
     for kind in (tf.AutoModel, tf.AutoModelForSequenceClassification):
         with pytest.raises(ValueError, match=r"layers\.2\..*' is in the model but was not saved"):
             kind.from_pretrained(folder)
@@ -203,9 +189,7 @@ def test_offloaded_weights_are_checked(device_map, shards, tmp_path):
     assert torch.equal(logits(again, "llama"), logits(merged, "llama"))
     name = "model.layers.1.mlp.down_proj.weight"
     path = next(path for path in (tmp_path / "a").glob("*.safetensors") if name in load_file(path))
-    tensors = load_file(path)
-    tensors[name][5, 6:36] = 0
-    save_file(tensors, path, metadata={"format": "pt"})
+    edit_tensors(path, lambda tensors: tensors[name][5, 6:36].zero_())
     with pytest.raises(ValueError, match=name):
         load(tmp_path / "a", **kwargs)
 
@@ -216,7 +200,7 @@ def test_an_offloaded_model_is_saved_with_its_hashes(tmp_path):
     where = {**MAPS["disk"], "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     load(tmp_path / "a", device_map=where, offload_folder=tmp_path / "offload").save_pretrained(tmp_path / "b")
     assert torch.equal(logits(load(tmp_path / "b"), "llama"), logits(merged, "llama"))
-    edit_tensors(tmp_path / "b", lambda t: flip(t, "model.layers.1.mlp.down_proj.weight", 9, 3))
+    edit_tensors(tmp_path / "b" / MODEL, lambda t: flip(t, "model.layers.1.mlp.down_proj.weight", 9, 3))
     with pytest.raises(ValueError, match="is not the one that was saved"):
         load(tmp_path / "b")
 
@@ -228,11 +212,11 @@ def test_a_model_of_an_older_version_loads_and_is_checked_as_it_was(tmp_path):
         torch.testing.assert_close(found, expected["logits"], rtol=1e-4, atol=1e-4)
         assert load(OLD, dtype=torch.bfloat16)(expected["input_ids"]).logits.isfinite().all()
     shutil.copytree(OLD, tmp_path / "old")
-    edit_tensors(tmp_path / "old", lambda tensors: tensors["lm_head.weight"].zero_())
+    edit_tensors(tmp_path / "old" / MODEL, lambda tensors: tensors["lm_head.weight"].zero_())
     with pytest.raises(ValueError, match="weight 'lm_head.weight' is not the one that was saved"):
         load(tmp_path / "old")
     load(OLD).save_pretrained(tmp_path / "again")
-    edit_tensors(tmp_path / "again", lambda tensors: tensors["lm_head.weight"][1, 2:4].zero_())
+    edit_tensors(tmp_path / "again" / MODEL, lambda tensors: tensors["lm_head.weight"][1, 2:4].zero_())
     with pytest.raises(ValueError, match="weight 'lm_head.weight' is not the one that was saved"):
         load(tmp_path / "again")
 

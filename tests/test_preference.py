@@ -9,7 +9,6 @@ import torch
 from datasets import Dataset
 from models import MODELS, VOCAB, logits
 from peft import LoraConfig, get_peft_model
-from test_trainer import tokenizer  # noqa: F401  (a fixture)
 from trl import DPOConfig, DPOTrainer, GRPOConfig
 
 from peft_spon import SponConfig, add_lora, calibrate, load_with_lora
@@ -49,7 +48,7 @@ def options(tmp_path, **kwargs):
     return {"output_dir": str(tmp_path), "save_strategy": "no", "gradient_checkpointing": False, **common, **kwargs}
 
 
-def dpo(model, tmp_path, tokenizer, **kwargs):  # noqa: F811
+def dpo(model, tmp_path, tokenizer, **kwargs):
     args = DPOConfig(**options(tmp_path, learning_rate=0.05, per_device_train_batch_size=8))
     return DPOTrainer(model, args=args, train_dataset=PAIRS, processing_class=tokenizer, **kwargs)
 
@@ -64,7 +63,7 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("kind", sorted(MAKERS))
-def test_dpo_begins_at_ln_2_and_trains_away_from_its_start(tmp_path, tokenizer, kind):  # noqa: F811
+def test_dpo_begins_at_ln_2_and_trains_away_from_its_start(tmp_path, tokenizer, kind):
     model = MAKERS[kind]()
     start = logits(model.eval(), "llama")
     trainer = dpo(model, tmp_path, tokenizer)
@@ -77,7 +76,7 @@ def test_dpo_begins_at_ln_2_and_trains_away_from_its_start(tmp_path, tokenizer, 
     assert torch.equal(logits(model, "llama"), start)
 
 
-def test_grpo_begins_without_a_divergence(tmp_path, tokenizer):  # noqa: F811
+def test_grpo_begins_without_a_divergence(tmp_path, tokenizer):
     # TRL 1.0 imports requests there and does not ask for it.
     grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer", exc_type=ImportError).GRPOTrainer
     data = Dataset.from_dict({"prompt": ["w3 w4", "w5 w6"] * 4})
@@ -96,7 +95,7 @@ def test_grpo_begins_without_a_divergence(tmp_path, tokenizer):  # noqa: F811
     assert second > 1e-5
 
 
-def test_a_lora_that_is_trained_beneath_cannot_be_its_own_reference(tmp_path, tokenizer):  # noqa: F811
+def test_a_lora_that_is_trained_beneath_cannot_be_its_own_reference(tmp_path, tokenizer):
     model = add_lora(spon(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     model.save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"LoRA beneath SPON, which is trained.*ref_model.*beta=0.0"):
@@ -109,7 +108,7 @@ def test_a_lora_that_is_trained_beneath_cannot_be_its_own_reference(tmp_path, to
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_a_frozen_lora_beneath_is_part_of_both(tmp_path, tokenizer):  # noqa: F811
+def test_a_frozen_lora_beneath_is_part_of_both(tmp_path, tokenizer):
     model = add_lora(spon(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     set_trainable(model, "anchors")
     trainer = dpo(model, tmp_path, tokenizer)

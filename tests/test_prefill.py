@@ -192,3 +192,13 @@ def test_position_of_the_first_sparse_token():
     rows = x.flatten(0, 1)  # batch and tokens in one, as in OPT's MLP
     assert [first_sparse_token(rows, "dense", Prompt(9, cached, 6)) for cached in (0, 9)] == [12, 0]
     assert first_sparse_token(x[0, 0], "dense") == 0
+
+
+@pytest.mark.parametrize("way", ["adapter", "merged", "unloaded"])
+@pytest.mark.parametrize("prefill", ["dense", 0.5])
+def test_every_token_is_sparse_in_training(way, prefill):
+    model, always = (sparse_model("llama", p, way) for p in (prefill, "sparse"))
+    with torch.no_grad():
+        wanted = always(PROMPT).logits
+        assert not torch.equal(model(PROMPT).logits, wanted)
+        assert torch.equal(model.train()(PROMPT).logits, wanted)

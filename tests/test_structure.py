@@ -8,7 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
 import peft_spon
+from peft_spon.config import SponPeftType
+from peft_spon.register import register
 
 
 ROOT = Path(peft_spon.__file__).parent
@@ -140,3 +145,16 @@ def test_public_names_exist():
     for name in peft_spon.__all__:
         assert getattr(peft_spon, name) is not None
     assert (ROOT / "py.typed").exists()
+
+
+def test_another_method_of_the_same_name_is_not_overwritten(monkeypatch):
+    class Other:
+        pass
+
+    key = SponPeftType.SPON
+    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, key, Other)
+    monkeypatch.delitem(PEFT_TYPE_TO_TUNER_MAPPING, key)
+    with pytest.raises(RuntimeError, match=r"already has a method named 'SPON': test_structure\..*Other"):
+        register()
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[key] is Other
+    assert key not in PEFT_TYPE_TO_TUNER_MAPPING

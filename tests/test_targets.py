@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_spon import SponConfig, calibrate
 from peft_spon.sites import spon_layers
-from peft_spon.targets import read_not_called
+from peft_spon.targets import default_targets, read_not_called
 
 
 TEXT = {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
@@ -274,3 +274,27 @@ def test_what_was_saved_loads_where_a_name_matches_nothing(llama, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(MODELS["llama"](), tmp_path).eval()
     assert torch.equal(loaded(**inputs("llama")).logits, model(**inputs("llama")).logits)
+
+
+class HeadAmongTheBlocks(nn.Module):
+    """As some models with a head for each of several tokens have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.layers = nn.ModuleList(nn.ModuleDict({name: nn.Linear(4, 9)}) for name in ("proj", "head"))
+
+    def get_output_embeddings(self):
+        return self.layers[1].head
+
+
+def test_embeddings_and_heads_are_no_default_targets(family):
+    model = MODELS[family]()
+    heads = {model.get_output_embeddings(), model.get_input_embeddings()}
+    layers = spon_layers(get_peft_model(model, SponConfig()))
+    assert layers
+    assert not heads & {layer.base_layer for layer in layers.values()}
+
+
+def test_a_head_among_the_blocks_is_no_default_target():
+    assert default_targets(SponConfig(), HeadAmongTheBlocks()) == {"proj"}

@@ -67,6 +67,7 @@ def test_it_has_learned_python(base, tokenizer, texts):
     assert result.dense.perplexity < 14, "an untrained model stands at 2048"
 
 
+@pytest.mark.slow
 def test_sparsity_hurts_weighted_hurts_less_and_anchors_repair(base, tokenizer, texts, tmp_path):
     model = get_peft_model(base, SponConfig(sparsity=0.6, criterion="magnitude", anchor_modules=[]))
     calibrate(model, texts["train"], tokenizer, max_tokens=16384, **SIZE)

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from distributed_worker import texts
 from models import MODELS, VOCAB, logits
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import TrainerCallback
 from trl import SFTConfig
 
 from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, dense_mode
@@ -28,21 +28,6 @@ from peft_spon.losses import forward_kl
 from peft_spon.sites import spon_layers
 from peft_spon.statistics import removed_by_s
 from peft_spon.trainer import TrainingDiverged
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
-    core = Tokenizer(models.WordLevel(words, unk_token="<s>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-
-
-def texts(count=48, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(6, 20, (count,), generator=generator).tolist()
-    rows = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
-    return Dataset.from_dict({"text": [" ".join(f"w{i}" for i in row) for row in rows]})
 
 
 def make(tmp_path, tokenizer, model=None, peft_config=None, data=None, eval_data=None, **kwargs):
@@ -355,27 +340,33 @@ def test_held_out_kl_before_and_after(tmp_path, tokenizer, caplog):
     assert again["kl_before"] == pytest.approx(better["kl_after"], rel=1e-4), "before is where this training began"
 
 
-@pytest.mark.parametrize("step", [3, 5])
-def test_killed_run_resumes_to_the_same_anchors(tmp_path, tokenizer, step):
-    """The process is killed, without warning, in the middle of a step after the checkpoint of step 2 or 4."""
+@pytest.mark.slow
+def test_killed_runs_resume_to_the_same_anchors(tmp_path):
+    """Processes are killed, without warning, in the middle of a step after the checkpoint of step 2 or 4."""
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "optim": "adamw_torch"}
     options |= {"learning_rate": 0.2, "gain_learning_rate": 0.05, "recalibrations": 2}
     worker = [sys.executable, str(Path(__file__).parent / "distributed_worker.py")]
-    settings = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "SPON_TEST_KILL_AT": str(step)}
-    killed = subprocess.run([*worker, str(tmp_path / "a"), json.dumps(options)], env=settings, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
-    checkpoint = tmp_path / "a" / f"checkpoint-{step // 2 * 2}"
-    weights = {path.name for path in checkpoint.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth")}
-    state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"}
-    assert weights == {"adapter_model.safetensors"} | state
-    assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 1_000_000
-    settings.pop("SPON_TEST_KILL_AT")
-    anchors = []
-    for folder, resume in (("b", {"resume": str(checkpoint)}), ("c", {})):
-        command = [*worker, str(tmp_path / folder), json.dumps({**options, **resume})]
-        subprocess.run(command, env=settings, capture_output=True, check=True)
-        anchors.append(load_file(tmp_path / folder / "adapter_model.safetensors"))
-    assert all(torch.equal(anchors[0][key], anchors[1][key]) for key in anchors[1])
+    settings = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    trainings = []
+    for step in (3, 5):
+        folder = tmp_path / f"killed-{step}"
+        command = [*worker, str(folder), json.dumps(options)]
+        killed = subprocess.run(command, env={**settings, "SPON_TEST_KILL_AT": str(step)}, capture_output=True)
+        assert killed.returncode == -signal.SIGKILL
+        checkpoint = folder / f"checkpoint-{step // 2 * 2}"
+        weights = {
+            path.name for path in checkpoint.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth")
+        }
+        state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"}
+        assert weights == {"adapter_model.safetensors"} | state
+        assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 1_000_000
+        trainings += [str(tmp_path / f"resumed-{step}"), json.dumps({**options, "resume": str(checkpoint)})]
+    command = [*worker, *trainings, str(tmp_path / "straight"), json.dumps(options)]
+    subprocess.run(command, env=settings, capture_output=True, check=True)
+    names = ("resumed-3", "resumed-5", "straight")
+    *resumed, straight = (load_file(tmp_path / name / "adapter_model.safetensors") for name in names)
+    for anchors in resumed:
+        assert all(torch.equal(anchors[key], straight[key]) for key in straight)
 
 
 def test_packing_and_padding_do_not_change_the_loss(tmp_path, tokenizer):

@@ -5,9 +5,10 @@
 import pytest
 import torch
 from datasets import Dataset
+from distributed_worker import texts
 from models import MODELS
 from peft import get_peft_model
-from test_trainer import make, texts, tokenizer  # noqa: F401  (a fixture)
+from test_trainer import make
 from trl import SFTConfig
 
 from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, calibrate
@@ -28,7 +29,7 @@ def alarms(caplog):
     ],
     ids=str,
 )
-def test_no_alarm_without_evidence(tmp_path, tokenizer, caplog, options):  # noqa: F811
+def test_no_alarm_without_evidence(tmp_path, tokenizer, caplog, options):
     trainer = make(tmp_path, tokenizer, data=texts(6), eval_data=texts(6).select(range(3)), max_steps=22, **options)
     metrics = trainer.train().metrics
     assert metrics["kl_after"] <= metrics["kl_before"] * 1.0001
@@ -43,7 +44,7 @@ def test_no_alarm_without_evidence(tmp_path, tokenizer, caplog, options):  # noq
 
 
 @pytest.mark.parametrize("held_out", [True, False])
-def test_before_and_after_are_measured_alike_whatever_noise_training_adds(tmp_path, tokenizer, held_out):  # noqa: F811
+def test_before_and_after_are_measured_alike_whatever_noise_training_adds(tmp_path, tokenizer, held_out):
     """Without noise, on the same rows; the watch's mark is with the noise that the steps' KL has."""
     model = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.5, criterion="topk"))
     still = {"learning_rate": 0.0, "gain_learning_rate": 0.0, "relative_learning_rate": False}
@@ -58,14 +59,14 @@ def test_before_and_after_are_measured_alike_whatever_noise_training_adds(tmp_pa
     assert found[30.0]["mark"] != pytest.approx(found[None]["mark"], rel=1e-3)
 
 
-def test_held_out_data_without_a_label_is_not_compared_on(tmp_path, tokenizer, caplog):  # noqa: F811
+def test_held_out_data_without_a_label_is_not_compared_on(tmp_path, tokenizer, caplog):
     metrics = make(tmp_path, tokenizer, eval_data=Dataset.from_dict({"input_ids": [[5]] * 4})).train().metrics
     assert "kl_after" not in metrics
     assert not alarms(caplog)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_noise_on_the_embeddings_is_that_of_the_teacher(tmp_path, tokenizer, accumulation):  # noqa: F811
+def test_noise_on_the_embeddings_is_that_of_the_teacher(tmp_path, tokenizer, accumulation):
     """Where S zeroes next to nothing the KL is next to nothing, whatever the noise."""
     model = get_peft_model(MODELS["llama"](), SponConfig(criterion="topk", sparsity=0.01))
     options = {"neftune_noise_alpha": 100.0, "gradient_accumulation_steps": accumulation, "logging_steps": 1}
@@ -86,7 +87,7 @@ def own_rows(count=12):
 
 
 @pytest.mark.parametrize("relative", [True, False])
-def test_rows_that_only_an_own_collator_reads(tmp_path, tokenizer, relative):  # noqa: F811
+def test_rows_that_only_an_own_collator_reads(tmp_path, tokenizer, relative):
     """It calibrates on what the collator gives, without padding, and trains on it."""
 
     def collate(rows):
@@ -142,7 +143,7 @@ def test_rows_that_only_an_own_collator_reads(tmp_path, tokenizer, relative):  #
 @pytest.mark.parametrize("streaming", [False, True])
 def test_an_error_before_the_first_step_where_nothing_can_be_learned(
     tmp_path,
-    tokenizer,  # noqa: F811
+    tokenizer,
     rows,
     sparsity,
     wanted,
@@ -161,14 +162,14 @@ def test_an_error_before_the_first_step_where_nothing_can_be_learned(
 
 
 @pytest.mark.parametrize("criterion", ["topk", "weighted"])
-def test_prompts_that_leave_no_room_for_a_completion(tmp_path, tokenizer, criterion):  # noqa: F811
+def test_prompts_that_leave_no_room_for_a_completion(tmp_path, tokenizer, criterion):
     data = Dataset.from_list([{"prompt": " ".join(["w5"] * 30), "completion": " w6"}] * 8)
     trainer = make(tmp_path, tokenizer, peft_config=SponConfig(criterion=criterion), data=data)
     with pytest.raises(ValueError, match=r"every label is -100.*max_length"):
         trainer.train()
 
 
-def test_labels_may_come_late(tmp_path, tokenizer):  # noqa: F811
+def test_labels_may_come_late(tmp_path, tokenizer):
     labels = [[-100] * 4] * 40 + [[5, 6, 7, 8]] * 8
     data = Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 48, "labels": labels})
     trainer = make(
@@ -178,7 +179,7 @@ def test_labels_may_come_late(tmp_path, tokenizer):  # noqa: F811
     assert trainer._watch.start > 0
 
 
-def test_options_that_would_be_ignored_are_refused(tmp_path, tokenizer):  # noqa: F811
+def test_options_that_would_be_ignored_are_refused(tmp_path, tokenizer):
     common = {"output_dir": str(tmp_path), "use_cpu": True}
     for options, wanted in (
         ({"loss_type": "dft"}, "loss_type is 'dft', but the loss of SponTrainer is the KL"),

@@ -4,9 +4,10 @@
 
 import pytest
 from datasets import Dataset
+from distributed_worker import texts
 from models import MODELS
 from peft import get_peft_model
-from test_trainer import make, texts, tokenizer  # noqa: F401  (a fixture)
+from test_trainer import make
 
 import peft_spon.comparison
 import peft_spon.statistics
@@ -51,7 +52,7 @@ def count_tokens(trainer):
 @pytest.mark.parametrize("held_out", [True, False])
 def test_the_kl_is_measured_on_the_rows_of_two_steps_and_the_teacher_runs_once(
     tmp_path,
-    tokenizer,  # noqa: F811
+    tokenizer,
     options,
     held_out,
 ):
@@ -72,7 +73,7 @@ def test_the_kl_is_measured_on_the_rows_of_two_steps_and_the_teacher_runs_once(
     assert outside <= 0.1 * 100 * step * 3, "forwards of teacher and student, and a backward, are a step"
 
 
-def test_long_rows_are_measured_on_few(tmp_path, tokenizer, monkeypatch):  # noqa: F811
+def test_long_rows_are_measured_on_few(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(peft_spon.comparison, "COMPARED_TOKENS", 3 * LENGTH)
     model = get_peft_model(MODELS["llama"](), SponConfig(criterion="topk"))
     options = {"per_device_train_batch_size": 1, "relative_learning_rate": False, "learning_rate": 1e-6}
@@ -103,7 +104,7 @@ class Bar:
 
 
 @pytest.mark.parametrize("quiet", [True, False])
-def test_everything_beside_the_steps_shows_how_far_it_is(tmp_path, tokenizer, monkeypatch, quiet):  # noqa: F811
+def test_everything_beside_the_steps_shows_how_far_it_is(tmp_path, tokenizer, monkeypatch, quiet):
     monkeypatch.setattr(Bar, "made", [])
     for module in (peft_spon.statistics, peft_spon.comparison):
         monkeypatch.setattr(module, "tqdm", Bar)
@@ -118,7 +119,7 @@ def test_everything_beside_the_steps_shows_how_far_it_is(tmp_path, tokenizer, mo
     assert {bar.disable for bar in Bar.made} == {True if quiet else None}
 
 
-def test_workers_that_stay_do_not_mix_the_data_sets_up(tmp_path, tokenizer):  # noqa: F811
+def test_workers_that_stay_do_not_mix_the_data_sets_up(tmp_path, tokenizer):
     options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "max_steps": 1}
     trainer = make(tmp_path, tokenizer, eval_data=texts(7), **options)
     Comparison(trainer, trainer.train_dataset).mean_kl("KL")
