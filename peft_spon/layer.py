@@ -157,10 +157,13 @@ class SponLayer(BaseTunerLayer):
         Raises:
             `ValueError`: the adapter is said to be calibrated, but nothing was loaded.
         """
-        held = {name: getattr(self, f"spon_{name}") for name in self.state_names}
-        state = {name: tensors[adapter_name] for name, tensors in held.items() if adapter_name in tensors}
-        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if adapter_name not in self._state_seen and not is_traced:
+        state = {}
+        for name in self.state_names:
+            tensors = getattr(self, f"spon_{name}")
+            if adapter_name in tensors:
+                state[name] = tensors[adapter_name]
+        is_known = adapter_name in self._state_seen or torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if not is_known:
             if any(tensor.isnan().any() for tensor in state.values() if not tensor.is_meta):
                 raise ValueError(
                     f"Adapter {adapter_name!r} is said to be calibrated but has no thresholds: its SponConfig is that "

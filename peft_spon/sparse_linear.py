@@ -4,7 +4,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from types import MethodType
 from typing import Any
@@ -102,6 +102,7 @@ class SparseMixin:
     """
 
     spon_settings: LayerSettings
+    state_names: tuple[str, ...]  # of S's tensors; asking the criterion at every forward takes longer than S
     prompt: Prompt | None = None  # inside `generate`, see prefill.py
     # Switches, see modes.py.
     _dense = False
@@ -112,11 +113,12 @@ class SparseMixin:
         linear = partial(super().forward, *args, **kwargs)
         if self._dense:
             return linear(x)
-        first, repair = self.first_sparse_token(x), Repair()
+        first, scale, shift = self.first_sparse_token(x), None, None
         if self._anchors_enabled:
-            repair = Repair(self.spon_input_scale, None, self.spon_shift)
-        if first == 0 and repair.shift is not None and self.shifted_forward is not None:
-            linear, repair = self.shifted_forward, replace(repair, shift=None)
+            scale, shift = self.spon_input_scale, self.spon_shift
+        if first == 0 and shift is not None and self.shifted_forward is not None:
+            linear, shift = self.shifted_forward, None
+        repair = Repair(scale, None, shift)
         return repaired_linear(x, linear, self.spon_settings.sparsifier, self.state(), repair, first)
 
     # W x + b' in one GEMM, where the layer's class allows it.
@@ -134,7 +136,7 @@ class SparseMixin:
 
     def state(self, adapter_name: None = None) -> dict[str, torch.Tensor]:
         """The tensors of S, by the names of its specs."""
-        return {name.removeprefix("spon_"): getattr(self, name) for name in merged_specs(self.sparsifier())}
+        return {name: getattr(self, f"spon_{name}") for name in self.state_names}
 
     def first_sparse_token(self, x: torch.Tensor, adapter_name: None = None) -> int:
         """Position on the token axis of x (..., tokens, in) where sparsity begins; 0 in training."""
@@ -214,6 +216,7 @@ def make_sparse(layer: nn.Module, settings: LayerSettings, tensors: dict[str, to
     """
     layer.__class__ = sparse_class(type(layer))
     layer.spon_settings = settings
+    layer.state_names = tuple(name.removeprefix("spon_") for name in merged_specs(settings.sparsifier))
     for name in (*merged_specs(settings.sparsifier), *REPAIR):
         layer.register_buffer(name, tensors.get(name))
     if "_old_forward" in vars(layer):

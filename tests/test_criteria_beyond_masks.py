@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """R-Sparse and LaRoSA, whose S is no mask, and a criterion from outside the package: the whole life of an adapter."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -149,6 +151,20 @@ def test_registering_is_checked():
         register_criterion(type("Best", (Criterion,), {"name": "best", "selects": "best"}))
     with pytest.raises(ValueError, match="import that package"):
         SponConfig(criterion="of-another-package")
+
+
+def test_the_criterion_of_the_documentation_works():
+    text = (Path(__file__).parents[1] / "docs/criteria.md").read_text(encoding="utf-8")
+    space = {"__name__": "docs"}
+    try:
+        exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], space)
+        power = get_peft_model(MODELS["llama"](), space["config"]).eval()
+        topk = get_peft_model(MODELS["llama"](), SponConfig(criterion="topk")).eval()
+        assert torch.equal(logits(power, "llama"), logits(topk, "llama"))  # powers do not change the order
+        result = calibrate(power, data())
+        assert all(layer.threshold > 0 and abs(layer.realised - 0.5) < 0.01 for layer in result.layers)
+    finally:
+        CRITERIA.pop("power", None)
 
 
 # ---- the life of an adapter ---------------------------------------------------------------------------------------
