@@ -95,7 +95,7 @@ def main(script: ScriptArguments, training: SponTrainingConfig, model_args: Mode
     trainer.create_model_card()
     if trainer.is_world_process_zero():
         metrics = output.metrics
-        if "kl_before" in metrics:  # not under DeepSpeed
+        if "kl_before" in metrics:  # not without a label to predict
             before, after = metrics["kl_before"], metrics["kl_after"]
             print(f"\nKL to the dense model: {before:.4f} before, {after:.4f} after training.")
         print(f"The adapter is in {training.output_dir}.")
