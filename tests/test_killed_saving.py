@@ -91,6 +91,7 @@ def check_left_overs_go(tmp_path, save_new):
     assert not list(left[0].glob(".spon-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["nothing", "dense", "merged"])
 def test_killed_while_saving_a_merged_model(before, tmp_path):
     old = {"nothing": None, "dense": MODELS["llama"](), "merged": merged_model(sparsity=0.3)}[before]
