@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import pytest
 
@@ -60,17 +59,9 @@ def test_the_quickstart_refuses_a_file_without_text(tmp_path, monkeypatch):
         quickstart.load_texts(argparse.Namespace(dataset=str(tmp_path / "story.txt")))
 
 
-@pytest.fixture
-def task(tmp_path):
-    """Little text to fine-tune on, so that calibration and evaluation, too, are short."""
-    path = tmp_path / "task.txt"
-    path.write_text("\n\n\n".join(list(topics.values())[::6]))
-    return ["--task", str(path)]
-
-
 @pytest.mark.slow
-def test_lora_then_spon(tmp_path, task):
-    out = run(tmp_path, "lora_then_spon.py", *task, "--steps", "2", "--lora-steps", "2", "--both-steps", "2")
+def test_lora_then_spon(tmp_path):
+    out = run(tmp_path, "lora_then_spon.py", "--steps", "2", "--lora-steps", "2", "--both-steps", "2")
     distilled, together = (float(x) for x in re.findall(r"sparse(?: with anchors| model:) (\d+\.\d+)\.$", out, re.M))
     assert together < distilled  # two steps of the task's own loss
     assert "loaded back: equal logits" in out
@@ -79,8 +70,8 @@ def test_lora_then_spon(tmp_path, task):
 
 
 @pytest.mark.slow
-def test_spon_then_lora(tmp_path, task):
-    out = run(tmp_path, "spon_then_lora.py", *task, "--steps", "2", "--lora-steps", "2", "--distil-again")
+def test_spon_then_lora(tmp_path):
+    out = run(tmp_path, "spon_then_lora.py", "--steps", "2", "--lora-steps", "2", "--distil-again")
     rows = re.findall(
         r"^(SPON|fine-tuned sparse \(both\)|anchors distilled again\D*) +dense (\S+) +sparse (\S+)", out, re.M
     )
