@@ -11,7 +11,8 @@ from transformers.quantizers.auto import (
 
 from .config import SponConfig, SponPeftType
 from .lora import LoraBeneathSpon, LoraBeneathSponConfig
-from .merged import METHOD, SponMergedConfig, SponQuantizer
+from .merged import METHOD, SponMergedConfig
+from .merged_loading import SponQuantizer
 from .model import SponModel
 
 

@@ -39,6 +39,7 @@ LEVELS = {
     "lora": 2,
     "lora_files": 2,
     "merged": 2,
+    "merged_loading": 2,
     "modes": 2,
     "peft_model": 2,
     "prefill": 2,
