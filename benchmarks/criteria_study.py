@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare criteria: what does each cost in quality at the same sparsity, before and after training anchors and gains?
 
-    python benchmarks/criteria_study.py                          # docs/criteria.md's table, one thread of an EPYC: half an hour
+    python benchmarks/criteria_study.py                          # docs/criteria.md's table: half an hour and more
     python benchmarks/criteria_study.py --criteria weighted larosa --sparsity 0.6
 
 S on every token, in all linear layers of the transformer blocks, in fp32. Calibrated and trained (default recipe) on
