@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare criteria: what does each cost in quality at the same sparsity, before and after training anchors and gains?
 
-    python benchmarks/criteria_study.py                          # docs/criteria.md's table, 2 cores: half an hour
+    python benchmarks/criteria_study.py                          # docs/criteria.md's table: half an hour and more
     python benchmarks/criteria_study.py --criteria weighted larosa --sparsity 0.6
 
 S on every token, in all linear layers of the transformer blocks, in fp32. Calibrated and trained (default recipe) on
@@ -166,7 +166,7 @@ def table(rows: list[dict]) -> str:
         lines.append(
             f"| {row['sparsity']:.0%} | {row['criterion']} | {trained} | {row['realised']:.1%} "
             f"| {row['perplexity']:.3f} ± {row['standard_error']:.3f} | {row['kl']:.4f} "
-            f"| {row['top1_agreement']:.1%} | {row['minutes']:.1f} |"
+            f"| {row['top1_agreement']:.1%} | {row['minutes']:.2f} |"
         )
     return "\n".join(lines)
 
