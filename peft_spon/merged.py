@@ -4,8 +4,8 @@
 
 The folder holds the base's `weight` and `bias` tensors untouched, what SPON adds beside them (`spon_shift` and the
 other buffers of [`SparseMixin`]), and in `config.json` a `quantization_config` with `quant_method: "spon"`, through
-which transformers finds the loader in [`merged_loading`]. A program without peft_spon warns that it does not know the method, ignores
-the additional tensors and has the dense base model.
+which transformers finds the loader in [`merged_loading`]. A program without peft_spon warns that it does not know the
+method, ignores the additional tensors and has the dense base model.
 """
 
 import os
