@@ -13,8 +13,8 @@ from .config import SponConfig
 from .criteria import CRITERIA, Criterion, register_criterion
 from .evaluation import EvaluationResult, evaluate
 from .layer import SponLayer, SponLinear
-from .lora import add_lora, set_trainable, without_lora
-from .lora_files import load_with_lora, save_lora
+from .lora import add_lora, save_lora, set_trainable, without_lora
+from .lora_files import load_with_lora
 from .model import SponModel, set_sparsity
 from .modes import dense_mode, every_token_sparse, without_anchors
 from .register import register
