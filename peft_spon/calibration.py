@@ -187,5 +187,5 @@ def _report(key: str, layer: SponLayer, name: str, histogram: ScoreHistogram | N
     if not sparsifier.uses_threshold:
         zeroed = 1 - entries_kept(layer.in_features, sparsifier.zeroed_share) / layer.in_features
         return LayerCalibration(key, sparsifier.sparsity, sparsifier.unread(zeroed), None)
-    threshold = float(layer.state(name)["threshold"])
+    threshold = float(layer.sparsifier_state(name)["threshold"])
     return LayerCalibration(key, sparsifier.sparsity, sparsifier.unread(histogram.share_below(threshold)), threshold)

@@ -108,7 +108,7 @@ class SponLayer(BaseTunerLayer):
         for held in (self.spon_anchor, self.spon_gain):
             if source in held:
                 held[adapter_name].copy_(held[source])
-        self.set_state(adapter_name, {name: tensor.clone() for name, tensor in self.state(source).items()})
+        self.set_state(adapter_name, {name: tensor.clone() for name, tensor in self.sparsifier_state(source).items()})
         self.spon_settings[adapter_name] = self.spon_settings[source]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -151,7 +151,7 @@ class SponLayer(BaseTunerLayer):
         """Whether an adapter has an anchor here."""
         return adapter_name in self.spon_anchor
 
-    def state(self, adapter_name: str) -> dict[str, torch.Tensor]:
+    def sparsifier_state(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """The tensors of an adapter's S, by the names of its specs.
 
         Raises:
@@ -189,7 +189,7 @@ class SponLayer(BaseTunerLayer):
 
     def saved_state(self, adapter_name: str) -> tuple[LayerSettings, dict[str, torch.Tensor]]:
         """What [`restore_state`] takes to undo a calibration."""
-        return self.spon_settings[adapter_name], dict(self.state(adapter_name))
+        return self.spon_settings[adapter_name], dict(self.sparsifier_state(adapter_name))
 
     def restore_state(self, adapter_name: str, saved: tuple[LayerSettings, dict[str, torch.Tensor]]) -> None:
         """Settings and state of an adapter as they were; what has been added since goes."""
@@ -202,16 +202,16 @@ class SponLayer(BaseTunerLayer):
 
     def score(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """The criterion's fp32 scores of what it makes of an input of shape (..., in)."""
-        criterion, state = self.sparsifier(adapter_name).criterion, self.state(adapter_name)
+        criterion, state = self.sparsifier(adapter_name).criterion, self.sparsifier_state(adapter_name)
         return criterion.score(criterion.encode(x, state), state)
 
     def sparsify(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """S(x), shape (..., in). The mask carries no gradient; kept entries pass theirs through unchanged."""
-        return self.sparsifier(adapter_name)(x, self.state(adapter_name))
+        return self.sparsifier(adapter_name)(x, self.sparsifier_state(adapter_name))
 
     def set_sparsity(self, adapter_name: str, sparsity: float) -> None:
         """Change the sparsity of an adapter; a calibrated threshold is read off the stored quantile table."""
-        sparsifier, state = self.sparsifier(adapter_name).at(sparsity, self.state(adapter_name))
+        sparsifier, state = self.sparsifier(adapter_name).at(sparsity, self.sparsifier_state(adapter_name))
         self.spon_settings[adapter_name] = replace(self.spon_settings[adapter_name], sparsifier=sparsifier)
         self.set_state(adapter_name, state)
 
@@ -307,7 +307,7 @@ class SponLinear(nn.Module, SponLayer):
     def _sparse_forward(self, x: torch.Tensor, linear: Callable, first: str, repair: Repair) -> torch.Tensor:
         """S and `prefill` of the adapter `first`, and a repair."""
         start = self.first_sparse_token(x, first)
-        return repaired_linear(x, linear, self.sparsifier(first), self.state(first), repair, start)
+        return repaired_linear(x, linear, self.sparsifier(first), self.sparsifier_state(first), repair, start)
 
     def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str]) -> None:
         """Raises `ValueError` as LoRA's layers do: not one name per row, or merged adapters."""
@@ -410,7 +410,7 @@ class SponLinear(nn.Module, SponLayer):
             return self.base_layer
         base = self.base_layer
         repair = self.merged_repair(names, safe_merge)
-        settings, state = self.spon_settings[names[0]], self.state(names[0])
+        settings, state = self.spon_settings[names[0]], self.sparsifier_state(names[0])
         tensors = {name: state[name.removeprefix("spon_")] for name in merged_specs(settings.sparsifier)}
         return make_sparse(base, settings, {**tensors, "spon_input_scale": repair.scale, "spon_shift": repair.shift})
 

@@ -119,12 +119,12 @@ class SparseMixin:
         if first == 0 and shift is not None and self.shifted_forward is not None:
             linear, shift = self.shifted_forward, None
         repair = Repair(scale, None, shift)
-        return repaired_linear(x, linear, self.spon_settings.sparsifier, self.state(), repair, first)
+        return repaired_linear(x, linear, self.spon_settings.sparsifier, self.sparsifier_state(), repair, first)
 
     # W x + b' in one GEMM, where the layer's class allows it.
     shifted_forward: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    # As of an adapter's layer; there is no adapter to name.
+    # As of an adapter's layer; there is no adapter to name. (No `state`: bitsandbytes' layers have one of their own.)
 
     def settings(self, adapter_name: None = None) -> LayerSettings:
         """What S is, and on which tokens."""
@@ -134,7 +134,7 @@ class SparseMixin:
         """S."""
         return self.spon_settings.sparsifier
 
-    def state(self, adapter_name: None = None) -> dict[str, torch.Tensor]:
+    def sparsifier_state(self, adapter_name: None = None) -> dict[str, torch.Tensor]:
         """The tensors of S, by the names of its specs."""
         return {name: getattr(self, f"spon_{name}") for name in self.state_names}
 

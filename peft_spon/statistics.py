@@ -212,7 +212,7 @@ class Zeros(Observer):
         first = layer.first_sparse_token(x, self.adapter_name)
         kept = torch.ones_like(x)
         if first < x.shape[-2]:
-            sparsifier, state = layer.sparsifier(self.adapter_name), layer.state(self.adapter_name)
+            sparsifier, state = layer.sparsifier(self.adapter_name), layer.sparsifier_state(self.adapter_name)
             z = sparsifier.criterion.encode(x[..., first:, :], state)
             kept[..., first:, :] = sparsifier.keep(z, state)
         kept = self.tokens_of(kept)

@@ -96,7 +96,11 @@ def test_larosa_keeps_the_largest_components_along_the_principal_directions():
 
 def test_larosa_layers_that_read_the_same_input_share_one_rotation():
     layers = spon_layers(adapted("larosa"))
-    rotation = {name.rpartition(".")[2]: layers[name].state("default")["rotation"] for name in layers if ".0." in name}
+    rotation = {
+        name.rpartition(".")[2]: layers[name].sparsifier_state("default")["rotation"]
+        for name in layers
+        if ".0." in name
+    }
     assert rotation["q_proj"] is rotation["k_proj"] is rotation["v_proj"]
     assert rotation["gate_proj"] is rotation["up_proj"]
     assert rotation["o_proj"] is not rotation["q_proj"]
@@ -107,7 +111,7 @@ def test_larosa_layers_that_read_the_same_input_share_one_rotation():
 def test_larosa_leaves_wide_inputs_in_their_basis():
     model = adapted("larosa", criterion_kwargs={"max_width": 32})
     for name, layer in spon_layers(model).items():
-        assert ("rotation" in layer.state("default")) == ("down_proj" not in name)
+        assert ("rotation" in layer.sparsifier_state("default")) == ("down_proj" not in name)
 
 
 # ---- from outside the package -------------------------------------------------------------------------------------
@@ -178,7 +182,7 @@ def test_the_layer_computes_its_formula(criterion, space):
     model = adapted(criterion, anchor_space=space)
     x = torch.randn(2, 5, 32)
     layer = next(iter(spon_layers(model).values()))
-    s = layer.sparsifier("default")(x, layer.state("default")) * (1 + layer.spon_gain["default"])
+    s = layer.sparsifier("default")(x, layer.sparsifier_state("default")) * (1 + layer.spon_gain["default"])
     anchor = layer.spon_anchor["default"]
     wanted = layer.base_layer(s + anchor) if space == "input" else layer.base_layer(s) + anchor
     torch.testing.assert_close(layer(x), wanted)
@@ -202,7 +206,7 @@ def test_merged_folders_load_with_the_same_logits(criterion, dtype, tmp_path):
     MODELS["llama"]().save_pretrained(tmp_path / "base")
     model = adapted(criterion, AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype))
     for layer in spon_layers(model).values():
-        assert all(tensor.dtype == torch.float32 for tensor in layer.state("default").values())
+        assert all(tensor.dtype == torch.float32 for tensor in layer.sparsifier_state("default").values())
     wanted = logits(model, "llama")
     merged = model.merge_and_unload()
     if dtype == torch.float32:
@@ -243,4 +247,4 @@ def test_a_criterion_with_moments_and_thresholds_reads_the_data_twice():
     assert not model.peft_config["default"].calibrated
     calibrate(model, data())
     layer = next(iter(spon_layers(model).values()))
-    assert set(layer.state("default")) == {"centre", "threshold", "quantiles"}
+    assert set(layer.sparsifier_state("default")) == {"centre", "threshold", "quantiles"}
