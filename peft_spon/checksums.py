@@ -72,6 +72,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 def in_threads(function: Any, items: Iterable[Any]) -> list[Any]:
     """`[function(item) for item in items]`, by several threads; `items` are taken a batch at a time."""
     items, found = iter(items), []
+    # In a forked process torch's own pool is made anew at its next use, and two threads at once can find none.
+    torch.set_num_threads(torch.get_num_threads())
     with ThreadPoolExecutor(THREADS) as pool:
         while batch := list(islice(items, BATCH)):
             found += pool.map(function, batch)

@@ -21,10 +21,12 @@ from peft_spon import SponConfig
 
 
 def forked(action):
-    """Run an action in a forked process; True if it got to the end."""
+    """Run an action in a forked process; True if it got to the end, False if it was killed."""
     child = os.fork()
     if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, -signal.SIGKILL), "it failed by itself"
+        return code == 0
     try:
         action()
         os._exit(0)
