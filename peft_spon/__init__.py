@@ -11,6 +11,7 @@ from ._version import __version__
 from .calibration import CalibrationResult, calibrate
 from .config import SponConfig
 from .criteria import CRITERIA, Criterion, register_criterion
+from .decode import DecodeSummary, prepare_for_decode, restore_from_decode
 from .evaluation import EvaluationResult, evaluate
 from .layer import SponLayer, SponLinear
 from .lora import add_lora, save_lora, set_trainable, without_lora
@@ -29,6 +30,7 @@ __all__ = [
     "CRITERIA",
     "CalibrationResult",
     "Criterion",
+    "DecodeSummary",
     "EvaluationResult",
     "SponConfig",
     "SponLayer",
@@ -43,7 +45,9 @@ __all__ = [
     "evaluate",
     "every_token_sparse",
     "load_with_lora",
+    "prepare_for_decode",
     "register_criterion",
+    "restore_from_decode",
     "save_lora",
     "set_sparsity",
     "set_trainable",

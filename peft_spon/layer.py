@@ -17,6 +17,7 @@ from .base_layer import has_plain_weight, linear_sizes, prepared_state, through_
 from .config import SponConfig
 from .containers import Fp32BufferDict, Fp32ParameterDict, Place
 from .criteria import Sparsifier
+from .decoder import Decoder, Decoding, Running, constant_bias
 from .offload import execution_device
 from .repair import Repair, repaired_linear
 from .sparse_linear import LayerSettings, Prompt, first_sparse_token, make_sparse, merged_specs
@@ -262,19 +263,21 @@ class SponLayer(BaseTunerLayer):
         return Repair(scale, inner, shift)
 
 
-class SponLinear(nn.Module, SponLayer):
+class SponLinear(Decoding, nn.Module, SponLayer):
     """SPON around a linear callable: nn.Linear, Conv1D, a quantised layer, a LoRA layer. One GEMM per forward."""
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: SponConfig, sparsity: float, has_anchor: bool
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         SponLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
         self._merged: Merged | None = None
         self.update_layer(adapter_name, config, sparsity, has_anchor)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.is_prepared and not (args or kwargs) and (y := self.decode_step(x)) is not None:
+            return y
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
@@ -308,6 +311,38 @@ class SponLinear(nn.Module, SponLayer):
         """S and `prefill` of the adapter `first`, and a repair."""
         start = self.first_sparse_token(x, first)
         return repaired_linear(x, linear, self.sparsifier(first), self.sparsifier_state(first), repair, start)
+
+    def plain_layer(self) -> nn.Module:
+        """The linear layer that holds W, in LoRA or not."""
+        return self.get_base_layer()
+
+    def running_now(self) -> Running | None:
+        """The adapters in use; None with S or anchors off."""
+        if self._disable_adapters or not self._anchors_enabled:
+            return None
+        settings, merged = self.spon_settings, tuple(self.merged_adapters)
+        names = merged or tuple([name for name in self.active_adapters if name in settings])
+        if not names:
+            return None
+        base, beneath = self.base_layer, ()
+        if isinstance(base, BaseTunerLayer):
+            beneath = tuple(base.merged_adapters), base.disable_adapters, tuple(base.active_adapters)
+        return Running(names, merged, beneath, settings[names[0]].sparsifier)
+
+    @torch.no_grad()
+    def make_decoder(self, running: Running) -> Decoder:
+        """The constants of a decode step: a LoRA beneath stays around W, unless it is merged or off."""
+        self.adapters_run.update(running.names)
+        base, core = self.base_layer, self.plain_layer()
+        is_around = base is not core and not base.merged and not base.disable_adapters
+        repair = self.repair(running.names) if self._merged is None else self._merged.repair
+        inner = None if repair.inner is None else through_weight(base if is_around else core, repair.inner)
+        shift = None if self._merged is not None and self._merged.in_bias else repair.shift
+        bias = constant_bias(None if is_around else core.bias, shift, inner)
+        around = base if is_around else None
+        made_of = [module for module in self.modules() if module is not self]
+        state = self.sparsifier_state(running.names[0])
+        return Decoder(running, core, repair.scale, bias, around, state, made_of)
 
     def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str]) -> None:
         """Raises `ValueError` as LoRA's layers do: not one name per row, or merged adapters."""
@@ -398,6 +433,7 @@ class SponLinear(nn.Module, SponLayer):
             adapter_names (`list[str]`, *optional*): what to merge; default: the active adapters.
         """
         names = self.names_to_merge(adapter_names)
+        self.restore_decode()
         self.unmerge()
         if isinstance(self.base_layer, BaseTunerLayer):
             # LoRA beneath: into W first, so that the anchor passes the new W.

@@ -29,6 +29,7 @@ from .base_layer import has_plain_weight
 from .cards import keep_card_on_hub, merged_card, replaceable_card
 from .checksums import fields_checksum, in_threads, tensors_checksum, weight_hashes
 from .config import check_version
+from .decode import prepare_for_decode, restore_from_decode
 from .files import move_into_place, written_aside
 from .prefill import follow_prompts, layers_with_prefill
 from .sparse_linear import SparseMixin
@@ -180,6 +181,8 @@ def prepare_saving(model: nn.Module) -> None:
     if isinstance(model, PreTrainedModel) and any(isinstance(layer, SparseMixin) for layer in model.modules()):
         # On the instance: the model stays of its plain class.
         model.save_pretrained = partial(save_merged, model)
+        model.prepare_for_decode = partial(prepare_for_decode, model)
+        model.restore_from_decode = partial(restore_from_decode, model)
         keep_card_on_hub(model, partial(merged_card_for_hub, model))
         if layers_with_prefill(model):
             follow_prompts(model)

@@ -13,6 +13,7 @@ from ._peft import check_target_module_exists
 from .base_layer import has_plain_weight, linear_sizes
 from .config import SponConfig, check_sparsity
 from .containers import Place
+from .decode import DecodeSummary, prepare_for_decode, restore_from_decode
 from .layer import SponLayer, SponLinear
 from .loading import checked, module_keys, modules_checksum, own_checksum, undo_load
 from .lora import OverLora, check_can_be_reference
@@ -234,6 +235,14 @@ class SponModel(OverLora, BaseTuner):
             `ValueError`: a sparsity outside [0, 1), a pattern that matches no layer, an unknown adapter.
         """
         set_sparsity(self.model, sparsity, pattern, adapter_name)
+
+    def prepare_for_decode(self) -> DecodeSummary:
+        """Let decode steps skip the weights of inputs that S zeroes; see [`prepare_for_decode`]."""
+        return prepare_for_decode(self.model)
+
+    def restore_from_decode(self) -> None:
+        """Undo [`SponModel.prepare_for_decode`]."""
+        restore_from_decode(self.model)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # What PEFT's methods call once an adapter is there. S's state is fp32 in either case.

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .criteria import Sparsifier, Spec
+from .decoder import Decoder, Decoding, Running, constant_bias
 from .offload import align_hooks
 from .repair import Repair, repaired_linear
 
@@ -87,7 +88,7 @@ def merged_specs(sparsifier: Sparsifier) -> dict[str, Spec]:
     return {f"spon_{name}": spec for name, spec in sparsifier.specs().items() if name != "quantiles"}
 
 
-class SparseMixin:
+class SparseMixin(Decoding):
     """A linear layer whose input S sparsifies: y = W (scale * S(x)) + b + shift. In front of the layer's own class.
 
     `weight` and `bias` are those of the dense layer, untouched. What SPON adds is beside them, in fp32 whatever the
@@ -110,6 +111,8 @@ class SparseMixin:
     _every_token = False
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.is_prepared and not (args or kwargs) and (y := self.decode_step(x)) is not None:
+            return y
         linear = partial(super().forward, *args, **kwargs)
         if self._dense:
             return linear(x)
@@ -148,6 +151,26 @@ class SparseMixin:
         """Whether there is a gain or a shift."""
         return self.spon_input_scale is not None or self.spon_shift is not None
 
+    @staticmethod
+    def wrap(dense: type[nn.Module]) -> type[nn.Module]:
+        """The class of a merged layer, of that of the dense layer."""
+        return sparse_class(dense)
+
+    def plain_layer(self) -> nn.Module:
+        """The layer itself."""
+        return self
+
+    def running_now(self) -> Running | None:
+        """S; None with S or anchors off."""
+        if self._dense or not self._anchors_enabled:
+            return None
+        return Running((None,), (), (), self.spon_settings.sparsifier)
+
+    def make_decoder(self, running: Running) -> Decoder:
+        """The constants of a decode step."""
+        bias = constant_bias(self.bias, self.spon_shift)
+        return Decoder(running, self, self.spon_input_scale, bias, None, self.sparsifier_state(), [self])
+
     def own_tensors(self) -> dict[str, torch.Tensor]:
         """What SPON has beside the weight."""
         names = (*merged_specs(self.spon_settings.sparsifier), *REPAIR)
@@ -172,7 +195,7 @@ class SparseMixin:
 
     def __reduce_ex__(self, protocol: int):
         # Classes made by sparse_class() have no importable name.
-        base = type(self).__mro__[type(self).__mro__.index(SparseMixin) + 1]
+        base = next(c for c in type(self).__mro__ if issubclass(c, nn.Module) and not issubclass(c, SparseMixin))
         return _new_sparse, (base,), self.__getstate__()
 
 

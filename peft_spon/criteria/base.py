@@ -4,7 +4,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -89,6 +89,27 @@ class Criterion:
             `tuple`: W', shape (out, in), and (A, B) of shapes (out, r) and (r, in), or None.
         """
         return weight, None
+
+    def threshold_gemv(self, state: State) -> dict[str, Any]:
+        """
+        What makes the scores of [`kernels.threshold_gemv`] those of `score`: its arguments `column_scale` and
+        `relative`. Only a class that has both in one form defines it; see [`Criterion.is_fused`].
+        """
+        raise NotImplementedError
+
+    @property
+    def is_mask(self) -> bool:
+        """Whether S(x) is x with entries zeroed: no other basis, nothing given back."""
+        cls = type(self)
+        return cls.encode is Criterion.encode and cls.decode is Criterion.decode
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether `threshold_gemv` tells the scores: it is defined, and `score` not once more by a subclass."""
+        defines = {
+            name: next(c for c in type(self).__mro__ if name in vars(c)) for name in ("score", "threshold_gemv")
+        }
+        return defines["threshold_gemv"] is not Criterion and issubclass(defines["threshold_gemv"], defines["score"])
 
     def extra_reads(self, n_in: int, n_out: int) -> float:
         """What a token reads beside W's columns of its kept entries, as a share of W's entries."""

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,3 +17,6 @@ class Magnitude(Criterion):
 
     def score(self, z: torch.Tensor, state: State) -> torch.Tensor:
         return z.detach().float().abs()
+
+    def threshold_gemv(self, state: State) -> dict[str, Any]:
+        return {}

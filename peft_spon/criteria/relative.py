@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,6 +17,9 @@ class Relative(Criterion):
 
     def score(self, z: torch.Tensor, state: State) -> torch.Tensor:
         return relative_to_rms(z.detach().float().abs())
+
+    def threshold_gemv(self, state: State) -> dict[str, Any]:
+        return {"relative": True}
 
 
 def relative_to_rms(score: torch.Tensor) -> torch.Tensor:

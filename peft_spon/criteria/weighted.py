@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,3 +20,6 @@ class Weighted(Wina):
 
     def score(self, z: torch.Tensor, state: State) -> torch.Tensor:
         return relative_to_rms(super().score(z, state))
+
+    def threshold_gemv(self, state: State) -> dict[str, Any]:
+        return {"column_scale": state["column_scale"], "relative": True}

@@ -4,7 +4,9 @@
 
 from .cpu import Kernel
 from .dispatch import (
+    MOST_ROWS,
     active_kernel,
+    bind_threshold_gemv,
     dense_gemv,
     skips,
     sparse_gemv,
@@ -12,11 +14,15 @@ from .dispatch import (
     threshold_gemv,
     transposed_storage,
 )
+from .ops import DTYPES
 
 
 __all__ = [
+    "DTYPES",
+    "MOST_ROWS",
     "Kernel",
     "active_kernel",
+    "bind_threshold_gemv",
     "dense_gemv",
     "skips",
     "sparse_gemv",

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,41 +145,40 @@ def dense_gemv(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | Non
 
 
 def threshold_gemv(x, weight_t, tau, column_scale=None, gain=None, bias=None, relative=False):
-    library, _ = _load()
-    if library is None:
-        return bag(reference.select(x, tau, column_scale, gain, relative), weight_t, bias)
     ops.check(x, weight_t, bias)
     ops.check_threshold(x, tau, column_scale, gain)
+    return bind_threshold_gemv(weight_t, tau, column_scale, gain, bias, relative)(x)
+
+
+def bind_threshold_gemv(
+    weight_t, tau, column_scale=None, gain=None, bias=None, relative=False
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """x -> threshold_gemv(x, ...) at half the fixed cost: the rest, which must fit and stay, is given once."""
+    library, _ = _load()
+    if library is None:
+        return lambda x: bag(reference.select(x, tau, column_scale, gain, relative), weight_t, bias)
     n_in, n_out = weight_t.shape
-    x, bias = x.contiguous(), _readable(bias)
-    y = x.new_empty((*x.shape[:-1], n_out))
+    bias = _readable(bias)
+    function, threads = library.threshold_gemv, torch.get_num_threads
+    before = weight_t.data_ptr(), _address(bias)
+    state = tau.data_ptr(), _address(column_scale), _address(gain)
+    sizes = n_in, n_out, weight_t.stride(0), CODES[weight_t.dtype], 0 if bias is None else CODES[bias.dtype]
+    held = weight_t, tau, column_scale, gain, bias
 
-    def call(rms):
-        return library.threshold_gemv(
-            x.data_ptr(),
-            weight_t.data_ptr(),
-            _address(bias),
-            y.data_ptr(),
-            tau.data_ptr(),
-            _address(column_scale),
-            _address(gain),
-            _address(rms),
-            relative,
-            y.numel() // n_out if n_out else 0,
-            n_in,
-            n_out,
-            weight_t.stride(0),
-            CODES[x.dtype],
-            0 if bias is None else CODES[bias.dtype],
-            torch.get_num_threads(),
-        )
+    def product(x: torch.Tensor, held=held) -> torch.Tensor:
+        x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], n_out))
+        rows = y.numel() // n_out if n_out else 0
+        status = function(x.data_ptr(), *before, y.data_ptr(), *state, None, relative, rows, *sizes, threads())
+        if status == NEAR:
+            rms = reference.root_mean_square(reference.score(x, column_scale))
+            near = rms.data_ptr()
+            status = function(x.data_ptr(), *before, y.data_ptr(), *state, near, relative, rows, *sizes, threads())
+        if status == NO_MEMORY:
+            raise MemoryError(f"No memory for the {n_in} inputs of a layer.")
+        return y
 
-    status = call(None)
-    if status == NEAR:
-        status = call(reference.root_mean_square(reference.score(x, column_scale)))
-    if status == NO_MEMORY:
-        raise MemoryError(f"No memory for the {n_in} inputs of a layer.")
-    return y
+    return product
 
 
 def bag(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -2,10 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What callers use: the ops as functions, one copy of a weight, and which product serves how many rows."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
-from . import cpu, cuda
+from . import cpu, cuda, ops
 
 
 MOST_ROWS = 8
@@ -82,6 +86,19 @@ def threshold_gemv(
     if _eager_on_cpu(x, weight_t):
         return cpu.threshold_gemv(x, weight_t, tau, column_scale, gain, bias, relative)
     return torch.ops.peft_spon.threshold_gemv(x, weight_t, tau, column_scale, gain, bias, relative)
+
+
+def bind_threshold_gemv(
+    weight_t: torch.Tensor, tau: torch.Tensor, **others: Any
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """x -> threshold_gemv(x, weight_t, tau, **others) at a smaller fixed cost, without gradients.
+
+    These tensors must stay where they are, and x be of a dtype, device and width that fit.
+    """
+    if weight_t.is_cpu:
+        ops.check(weight_t.new_empty(weight_t.shape[0]), weight_t, others.get("bias"))
+        return cpu.bind_threshold_gemv(weight_t, tau, **others)
+    return partial(threshold_gemv, weight_t=weight_t, tau=tau, **others)
 
 
 def transposed_storage(weight: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,187 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A decode step of one layer: y = W (scale * S(x)) + b', b' = b + shift + W inner, reading W where S(x) is not 0."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .criteria import Sparsifier, State
+from .kernels import DTYPES, MOST_ROWS, bind_threshold_gemv, skips, sparse_gemv, threshold_gemv
+from .repair import add
+from .transposed import Wrap, lay_out, restore_weight, transpose_weight
+
+
+class Running(NamedTuple):
+    """What a layer computes at the moment.
+
+    Attributes:
+        names (`tuple`): the adapters in use, by order; of a merged layer none.
+        merged (`tuple`): those of them that are merged.
+        beneath (`tuple`): the state of a LoRA beneath: merged, off, in use.
+        sparsifier (`Sparsifier`): S.
+    """
+
+    names: tuple[str | None, ...]
+    merged: tuple[str, ...]
+    beneath: tuple[Any, ...]
+    sparsifier: Sparsifier
+
+
+class Decoder:
+    """
+    The constants of a layer's decode step, and the tensors that they were made of.
+
+    Args:
+        running ([`Running`]): what they are for.
+        core (`nn.Module`): the transposed layer.
+        scale (`torch.Tensor`, *optional*): 1 + gain, fp32, (in,).
+        bias (`torch.Tensor`, *optional*): b', fp32, (out,).
+        around (`Callable`, *optional*): x to W x + b with what is around W, such as a LoRA that is not merged; the
+            bias is without b then.
+        state (`dict`): the tensors of S.
+        made_of (`list`): modules whose own tensors all that was made of.
+    """
+
+    def __init__(
+        self,
+        running: Running,
+        core: nn.Module,
+        scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        around: Callable[[torch.Tensor], torch.Tensor] | None,
+        state: State,
+        made_of: list[nn.Module],
+    ):
+        sparsifier = running.sparsifier
+        self.running, self.around, self.state = running, around, state
+        self.scale, self.bias = scale, bias
+        self.weight, self.weight_t = core.weight, core.weight_t.detach()
+        self.device, self.dtype, self.address = core.weight.device, core.weight.dtype, core.weight.data_ptr()
+        is_served = self.dtype in DTYPES
+        rows = max(
+            (rows for rows in range(1, MOST_ROWS + 1) if is_served and skips(rows, sparsifier.zeroed_share)), default=0
+        )
+        core.zeros = sparsifier.zeroed_share
+        self.n_in = sparsifier.n_in
+        self.most_entries = rows * sparsifier.n_in
+        is_fused = is_served and around is None and sparsifier.uses_threshold and sparsifier.criterion.is_fused
+        self.fused = None
+        if is_fused:
+            scores = {"gain": scale, "bias": bias, **sparsifier.criterion.threshold_gemv(state)}
+            self.fused = bind_threshold_gemv(self.weight_t, state["threshold"], **scores)
+        self.tensors = [
+            (held, name, tensor, tensor._version)
+            for module in made_of
+            for held in (module._parameters, module._buffers)
+            for name, tensor in held.items()
+            if tensor is not None
+        ]
+
+    def __reduce__(self):
+        return type(None), ()  # a copy of the layer makes its own
+
+    def is_fresh(self) -> bool:
+        """Whether the tensors are the ones that the constants were made of, with the values of then."""
+        if self.weight.data_ptr() != self.address:
+            return False
+        for held, name, tensor, version in self.tensors:
+            if held.get(name) is not tensor or tensor._version != version:
+                return False
+        return True
+
+    def serves(self, x: torch.Tensor) -> bool:
+        """Whether x, (..., in), has so few rows that leaving out weights pays, and fits the layer."""
+        fits = x.dtype is self.dtype and x.device == self.device and x.shape[-1] == self.n_in
+        return fits and 0 < x.numel() <= self.most_entries
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """y, shape (..., out), of x (..., in)."""
+        return self.general(x, self.weight_t, self.state) if self.fused is None else self.fused(x)
+
+    def general(self, x: torch.Tensor, weight_t: torch.Tensor, state: State) -> torch.Tensor:
+        """The same with the layer's tensors as they are now, not as they were: what torch.compile is shown."""
+        sparsifier = self.running.sparsifier
+        if self.fused is not None:
+            scores = sparsifier.criterion.threshold_gemv(state)
+            return threshold_gemv(x, weight_t, state["threshold"], gain=self.scale, bias=self.bias, **scores)
+        z = sparsifier(x, state)
+        if self.scale is not None:
+            z = z * self.scale.to(z.dtype)
+        if self.around is None:
+            return sparse_gemv(z, weight_t, self.bias)
+        y = self.around(z)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class Decoding:
+    """Mixin of the sparse layers: what [`prepare_for_decode`] makes of them. In front of their other classes."""
+
+    decoder: Decoder | None = None
+    is_prepared = False
+    wrap: Wrap = staticmethod(lambda dense: dense)
+
+    # What the layers say of themselves.
+
+    def plain_layer(self) -> nn.Module:
+        """The linear layer that holds W."""
+        raise NotImplementedError
+
+    def running_now(self) -> Running | None:
+        """What the layer computes now; None where that is nothing that a decoder computes."""
+        raise NotImplementedError
+
+    def make_decoder(self, running: Running) -> Decoder:
+        """Its constants."""
+        raise NotImplementedError
+
+    def decode_step(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The layer's output where x is the input of a decode step that the decoder serves, else None."""
+        if torch.is_grad_enabled() or (running := self.running_now()) is None:
+            return None
+        decoder, is_compiling = self.decoder, torch.compiler.is_compiling()
+        if decoder is None or decoder.running != running or not (is_compiling or decoder.is_fresh()):
+            if is_compiling:
+                return None
+            lay_out(self.plain_layer())  # another weight may have been put there
+            decoder = self.decoder = self.make_decoder(running)
+        first = running.names[0]
+        if not decoder.serves(x) or self.first_sparse_token(x, first) != 0:
+            return None
+        if is_compiling:
+            return decoder.general(x, self.plain_layer().weight_t, self.sparsifier_state(first))
+        return decoder(x)
+
+    def prepare_decode(self) -> None:
+        """Lay the weight out for decoding, and make the constants."""
+        if not self.is_prepared:
+            transpose_weight(self.plain_layer(), self.wrap)
+            self.is_prepared = True
+        if (running := self.running_now()) is not None:
+            self.decoder = self.make_decoder(running)
+
+    def restore_decode(self) -> None:
+        """Undo [`Decoding.prepare_decode`]."""
+        if self.is_prepared:
+            restore_weight(self.plain_layer(), self.wrap)
+        self.is_prepared, self.decoder = False, None
+
+    def train(self, mode: bool = True):
+        """Training undoes the preparation: it changes what the constants are made of, and reads W by rows."""
+        if mode:
+            self.restore_decode()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.decoder = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def constant_bias(*parts: torch.Tensor | None) -> torch.Tensor | None:
+    """The sum of biases (out,) in fp32, None where there is none."""
+    total = None
+    for part in parts:
+        total = add(total, None if part is None else part.detach().float())
+    return total
