@@ -1,0 +1,79 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens per second of `generate`, of several models that take turns."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, StoppingCriteria
+
+
+@dataclass(frozen=True)
+class Speed:
+    """
+    What `generate` took.
+
+    Attributes:
+        token (`float`): seconds per decode step, the median.
+        prompt (`float`): seconds until the first token, the median.
+        rows (`int`): sequences that ran at a time.
+    """
+
+    token: float
+    prompt: float
+    rows: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one sequence."""
+        return 1 / self.token
+
+
+class _Clock(StoppingCriteria):
+    """Never stops; notes when each token was there."""
+
+    def __init__(self):
+        self.times = [time.perf_counter()]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def measure_speed(
+    models: Mapping[str, Callable[[], nn.Module]], input_ids: torch.Tensor, new_tokens: int = 32, rounds: int = 5
+) -> dict[str, Speed]:
+    """
+    Time per token of greedy `generate`, the models taking turns, so that a busy machine slows all of them.
+
+    Args:
+        models (`Mapping`): name to a function that gives the model, called before each of its turns, untimed: it may
+            turn a dial of a model that several names share.
+        input_ids (`torch.Tensor`): the prompts, shape (rows, tokens).
+        new_tokens (`int`, *optional*, defaults to 32): of each turn; end-of-text tokens are passed over.
+        rounds (`int`, *optional*, defaults to 5): turns of each; there is one more, which is not counted.
+
+    Returns:
+        `dict[str, Speed]`: by name.
+    """
+    steps, prompts = {name: [] for name in models}, {name: [] for name in models}
+    greedy = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None)
+    for turn in range(rounds + 1):
+        for name, model in models.items():
+            ready, clock = model(), _Clock()
+            mask = torch.ones_like(input_ids)
+            ready.generate(
+                input_ids=input_ids, attention_mask=mask, generation_config=greedy, stopping_criteria=[clock]
+            )
+            if turn:
+                times = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
+                prompts[name].append(times[0])
+                steps[name] += times[1:]
+    return {
+        name: Speed(statistics.median(steps[name]), statistics.median(prompts[name]), len(input_ids))
+        for name in models
+    }
