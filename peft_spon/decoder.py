@@ -60,18 +60,15 @@ class Decoder:
         self.scale, self.bias = scale, bias
         self.weight, self.weight_t = core.weight, core.weight_t.detach()
         self.device, self.dtype, self.address = core.weight.device, core.weight.dtype, core.weight.data_ptr()
-        is_served = self.dtype in DTYPES
-        rows = max(
-            (rows for rows in range(1, MOST_ROWS + 1) if is_served and skips(rows, sparsifier.zeroed_share)), default=0
-        )
         core.zeros = sparsifier.zeroed_share
-        self.n_in = sparsifier.n_in
-        self.most_entries = rows * sparsifier.n_in
-        is_fused = is_served and around is None and sparsifier.uses_threshold and sparsifier.criterion.is_fused
-        self.fused = None
-        if is_fused:
+        self.n_in, self.fused = sparsifier.n_in, None
+        is_served = self.dtype in DTYPES and sparsifier.sparsity > 0
+        if is_served and around is None and sparsifier.uses_threshold and sparsifier.criterion.is_fused:
             scores = {"gain": scale, "bias": bias, **sparsifier.criterion.threshold_gemv(state)}
             self.fused = bind_threshold_gemv(self.weight_t, state["threshold"], **scores)
+        # S in the kernel costs nothing, so there it pays even where every weight is read.
+        rows = [n for n in range(1, MOST_ROWS + 1) if self.fused is not None or skips(n, sparsifier.zeroed_share)]
+        self.most_entries = len(rows) * sparsifier.n_in if is_served else 0
         self.tensors = [
             (held, name, tensor, tensor._version)
             for module in made_of

@@ -113,12 +113,12 @@ class SparseMixin(Decoding):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.is_prepared and not (args or kwargs) and (y := self.decode_step(x)) is not None:
             return y
-        linear = partial(super().forward, *args, **kwargs)
+        linear = partial(super().forward, *args, **kwargs) if args or kwargs else super().forward
         if self._dense:
             return linear(x)
         first, scale, shift = self.first_sparse_token(x), None, None
         if self._anchors_enabled:
-            scale, shift = self.spon_input_scale, self.spon_shift
+            scale, shift = self._buffers["spon_input_scale"], self._buffers["spon_shift"]
         if first == 0 and shift is not None and self.shifted_forward is not None:
             linear, shift = self.shifted_forward, None
         repair = Repair(scale, None, shift)
@@ -139,7 +139,7 @@ class SparseMixin(Decoding):
 
     def sparsifier_state(self, adapter_name: None = None) -> dict[str, torch.Tensor]:
         """The tensors of S, by the names of its specs."""
-        return {name: getattr(self, f"spon_{name}") for name in self.state_names}
+        return {name: self._buffers[f"spon_{name}"] for name in self.state_names}
 
     def first_sparse_token(self, x: torch.Tensor, adapter_name: None = None) -> int:
         """Position on the token axis of x (..., tokens, in) where sparsity begins; 0 in training."""

@@ -140,13 +140,22 @@ def test_narrow_dtypes(kind, dtype, calls):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 40])
-@pytest.mark.parametrize("sparsity", [0.5, 0.9])
-def test_batches(rows, sparsity, calls):
-    model = adapter_model(sparsity=sparsity)
+@pytest.mark.parametrize(("criterion", "sparsity", "most"), [("weighted", 0.5, 8), ("topk", 0.5, 2), ("topk", 0.9, 8)])
+def test_batches(rows, criterion, sparsity, most, calls):
+    """S in the kernel serves all that the kernel takes, another S where skipping pays."""
+    model = adapter_model(criterion=criterion, sparsity=sparsity)
     prepared = copy.deepcopy(model)
     prepared.prepare_for_decode()
     assert step_differences(model, prepared, rows) < 2e-6
-    assert bool(calls) == (rows <= {0.5: 2, 0.9: 8}[sparsity])
+    assert bool(calls) == (rows <= most)
+
+
+def test_sparsity_zero_is_dense(calls):
+    model = adapter_model(sparsity=0.0)
+    prepared = copy.deepcopy(model)
+    prepared.prepare_for_decode()
+    assert step_differences(model, prepared) < 2e-6
+    assert not calls
 
 
 def test_weights_are_laid_out_in_place_and_back():
