@@ -5,6 +5,7 @@
     python benchmarks/bench_layer.py                 # six shapes, three dtypes, 50 / 70 / 90 %, one thread and all
     python benchmarks/bench_layer.py --quick         # three shapes, fewer repetitions
     python benchmarks/bench_layer.py --rows 1 2 4 8 --shapes 2048x5632    # where batches stop paying
+    python benchmarks/bench_layer.py --overhead      # a 64 x 64 layer: what is not the product
 
 For every case, in microseconds per call: `F.linear` on the weight as torch stores it, our kernel reading everything
 (`dense`), our kernel with S inside the call (`sparse`; x to y, threshold and selection included), and the pure-torch
@@ -22,10 +23,13 @@ import time
 from pathlib import Path
 
 import torch
+from peft import get_peft_model
+from torch import nn
 from torch.nn import functional as F
 
-from peft_spon import kernels
+from peft_spon import SponConfig, kernels, prepare_for_decode
 from peft_spon.kernels import cpu, reference
+from peft_spon.sites import sites
 
 
 SHAPES = ["2048x2048", "2048x5632", "5632x2048", "4096x4096", "4096x14336", "14336x4096"]
@@ -141,6 +145,26 @@ def measure(n_in: int, n_out: int, dtype: torch.dtype, arguments, cache: int):
             }
 
 
+def overhead(now, repeats: int = 200) -> dict[str, dict[str, float]]:
+    """Microseconds of a call of a 64 x 64 layer: criterion to what the layer is to the median."""
+    found, x = {}, torch.randn(1, 1, 64)
+    for criterion in ("magnitude", "relative", "weighted", "topk"):
+        layers = {"nn.Linear": nn.Linear(64, 64, bias=False)}
+        for name in ("adapter", "prepared", "merged", "merged and prepared"):
+            config = SponConfig(criterion=criterion, sparsity=0.5, target_modules=["0"], prefill="sparse")
+            model = get_peft_model(nn.Sequential(nn.Linear(64, 64, bias=False)), config).eval()
+            if criterion != "topk":
+                model.base_model.model[0].set_quantiles("default", torch.linspace(0, 2, 257))
+            model = model.merge_and_unload() if name.startswith("merged") else model
+            if name.endswith("prepared"):
+                prepare_for_decode(model)
+            layers[name] = next(iter(sites(model).values()))
+        hundred = {name: lambda _, layer=layer: [layer(x) for _ in range(100)] for name, layer in layers.items()}
+        seconds = interleaved(hundred, 1, repeats, 20.0, now)
+        found[criterion] = {name: round(t * 1e4, 1) for name, t in seconds.items()}
+    return found
+
+
 def show(record: dict):
     def number(value, digits=2):
         return "     -" if value is None else f"{value:6.{digits}f}"
@@ -190,6 +214,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cpu-time", action="store_true", help="for busy machines: CPU time, one thread only")
     parser.add_argument("--quick", action="store_true", help="three shapes, 50 and 70 %%, fewer repetitions")
+    parser.add_argument("--overhead", action="store_true", help="only that of a 64 x 64 layer, one thread")
     parser.add_argument("--json", help="write all records there")
     parser.add_argument("--plot", help="draw ratios there (needs matplotlib)")
     arguments = parser.parse_args()
@@ -203,6 +228,13 @@ def main():
     arguments.now = time.perf_counter
     if arguments.cpu_time:
         arguments.now, threads = time.thread_time, [1]
+    if arguments.overhead:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            print("microseconds per call of a 64 x 64 layer, one thread")
+            for criterion, times in overhead(arguments.now).items():
+                print(f"{criterion:>10}: " + ", ".join(f"{name} {t}" for name, t in times.items()))
+        return
     cache = last_level_cache() if on_cpu else torch.cuda.get_device_properties(arguments.device).L2_cache_size
 
     kernel = kernels.active_kernel(arguments.device)
