@@ -47,6 +47,7 @@ LEVELS = {
     "taking_over": 2,
     "targets": 2,
     "calibration": 3,
+    "head": 3,
     "model": 3,
     "register": 3,
     "statistics": 3,
