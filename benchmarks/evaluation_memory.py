@@ -74,7 +74,9 @@ def main() -> None:
     if args.way:
         print(json.dumps(run(args)))
         return
-    print(f"{args.rows} x {args.tokens} tokens, vocabulary {args.vocabulary}, hidden {args.hidden}, fp32, weights counted")
+    print(
+        f"{args.rows} x {args.tokens} tokens, vocabulary {args.vocabulary}, hidden {args.hidden}, fp32, with weights"
+    )
     found = {}
     for way in WAYS:
         command = [sys.executable, __file__, *sys.argv[1:], "--way", way]

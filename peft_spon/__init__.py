@@ -18,6 +18,7 @@ from .lora_files import load_with_lora
 from .model import SponModel, set_sparsity
 from .modes import dense_mode, every_token_sparse, without_anchors
 from .register import register
+from .sampling import sample_texts
 
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ __all__ = [
     "every_token_sparse",
     "load_with_lora",
     "register_criterion",
+    "sample_texts",
     "save_lora",
     "set_sparsity",
     "set_trainable",

@@ -50,6 +50,7 @@ LEVELS = {
     "head": 3,
     "model": 3,
     "register": 3,
+    "sampling": 3,
     "statistics": 3,
     "batches": 4,
     "comparison": 4,

@@ -11,6 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data import Batch
+from ..sampling import continue_prompts
 
 
 PROMPT_TOKENS = 64
@@ -65,7 +66,7 @@ class Prompts:
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
         for row, is_token in zip(ids, mask, strict=True):
-            whole = row[is_token]
+            whole = row[is_token].tolist()
             if len(whole) >= 2 and len(self.kept) < self.count:
                 self.kept.append(whole[: min(PROMPT_TOKENS, len(whole) // 2)])
 
@@ -76,64 +77,33 @@ class Prompts:
         running: Callable[[str], AbstractContextManager],
         batch_size: int,
         progress: bool | None,
-    ) -> dict[str, list[torch.Tensor]]:
+    ) -> dict[str, list[list[int]]]:
         """By mode the continuations of all prompts, each up to and with its end of text; none without prompts."""
         found = {mode: [] for mode in modes} if self.kept else {}
-        groups: dict[int, list[torch.Tensor]] = {}
+        groups: dict[int, list[list[int]]] = {}
         for prompt in self.kept:
             groups.setdefault(len(prompt), []).append(prompt)
         total, disable = len(self.kept) * len(found), None if progress is None else not progress
         if not total:
             return found
         with tqdm(desc="continuing prompts", total=total, unit=" texts", disable=disable) as bar:
-            for prompts in groups.values():  # of one length: nothing is padded
+            for length, prompts in groups.items():  # nothing is padded
                 for first in range(0, len(prompts), batch_size):
-                    batch = torch.stack(prompts[first : first + batch_size])
+                    batch = prompts[first : first + batch_size]
                     for mode, texts in found.items():
                         with running(mode):
-                            texts += greedy(model, batch)
+                            whole = continue_prompts(model, batch, length + NEW_TOKENS, None, do_sample=False)
+                        texts += [ids[length:] for ids in whole]
                         bar.update(len(batch))
         return found
 
 
-def greedy(model: nn.Module, prompts: torch.Tensor) -> list[torch.Tensor]:
-    """The most likely 64 tokens after each prompt, one by one, up to and with the end of text.
-
-    Args:
-        model (`torch.nn.Module`): a causal language model.
-        prompts (`torch.Tensor`): shape (prompts, tokens).
-    """
-    ends = ends_of_text(model)
-    ids = model.generate(
-        input_ids=prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=ends[0] if ends else 0,
-    )
-    return [until_end(row, ends).cpu() for row in ids[:, prompts.shape[1] :]]
-
-
-def ends_of_text(model: nn.Module) -> list[int]:
-    """The tokens at which the model's `generate` stops."""
-    ends = model.generation_config.eos_token_id
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-
-
-def until_end(ids: torch.Tensor, ends: list[int]) -> torch.Tensor:
-    """ids (tokens,) up to and with the first end of text."""
-    found = torch.isin(ids, ids.new_tensor(ends)).nonzero()
-    return ids[: int(found[0]) + 1] if len(found) else ids
-
-
-def agreement(texts: list[torch.Tensor], dense: list[torch.Tensor]) -> Agreement:
+def agreement(texts: list[list[int]], dense: list[list[int]]) -> Agreement:
     """How far continuations agree with the dense ones of the same prompts."""
     prefix = same = places = 0
     for text, wanted in zip(texts, dense, strict=True):
-        length = min(len(text), len(wanted))
-        equal = text[:length] == wanted[:length]
-        prefix += int(equal.long().cumprod(0).sum())
-        same += int(equal.sum())
+        equal = [a == b for a, b in zip(text, wanted, strict=False)]
+        prefix += equal.index(False) if False in equal else len(equal)
+        same += sum(equal)
         places += len(wanted)
     return Agreement(len(texts), prefix / len(texts), same / places)

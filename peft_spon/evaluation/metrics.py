@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..data import Batch, check_arguments, count_tokens, iter_batches, to_device
 from ..head import BeforeHead
-from ..lora import model_inside
+from ..lora import active_lora, model_inside, repair_lora
 from ..losses import CHUNK_ELEMENTS, Distillation, compare_logits, perplexity
 from ..modes import dense_mode, evaluation_mode, every_token_sparse, without_anchors
 from ..sites import resolve_sites
@@ -85,7 +85,7 @@ class EvaluationResult:
 
     Attributes:
         dense, sparse, anchored ([`Scores`]): adapter off; S on, anchors and gains off; all on (`None` for an adapter
-            without anchors).
+            without anchors). A repair LoRA is on with the anchors, any other LoRA everywhere.
         tokens (`int`): predicted tokens.
         sparse_tokens (`str`): which tokens were sparse.
         layer_sparsity (`dict[str, float]`): realised sparsity of every layer, anchors on.
@@ -270,7 +270,7 @@ def evaluate(
     check_arguments(model, data, tokenizer, "evaluate")
     prompts = Prompts(model, continuations)
     name, layers = resolve_sites(model, adapter_name)
-    has_anchors = any(layer.has_repair(name) for layer in layers.values())
+    has_anchors = any(layer.has_repair(name) for layer in layers.values()) or bool(repair_lora(active_lora(model)))
     modes = {"dense": "dense", "sparse": "sparse", **({"anchored": "sparse (with anchors)"} if has_anchors else {})}
     tokens = {mode: _Tokens(whose) for mode, whose in modes.items()}
     zeros = {mode: Zeros(layers, name) for mode in modes if mode != "dense"}
