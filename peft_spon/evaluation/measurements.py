@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_spon authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a report holds beside the scores: where in the network the damage is, how S acts along the text, speed, samples.
+"""What a report holds beside the scores: where the damage is, how S acts along the text, speed, samples.
 
 Everything is measured on the same text as the scores, with S on every token.
 """
@@ -148,8 +148,10 @@ def measure_report(
 
 
 def equal_rows(batches: list[Batch]) -> torch.Tensor:
-    """Rows of real tokens, all of one length, int64 of shape (rows, tokens): as many tokens as that leaves, in a random
-    order, so that neighbours are not of one text."""
+    """Rows of real tokens, all of one length, int64 of shape (rows, tokens), of the length that leaves most tokens.
+
+    In a random order, so that neighbours are seldom of one text.
+    """
     rows = []
     for batch in batches:
         if "input_ids" not in batch:
@@ -242,8 +244,7 @@ class _Layers(Observer):
             if name not in self.histograms:
                 self.histograms[name] = ScoreHistogram(x.device)
             self.histograms[name].add(bin_counts(sparsifier.criterion.score(z, state)))
-        squares = errors(layer, x, sparsifier(x, state))
-        self.squares[name] = self.squares.get(name, 0) + squares
+        self.squares[name] = self.squares.get(name, 0) + removal(layer, x, sparsifier(x, state))
         # An expert sees some of the tokens: it has neither their order nor their rows.
         if x.shape[:-1].numel() == self.shape.numel():
             kept = sparsifier.keep(z, state).bool().view(*self.shape, -1)
@@ -260,8 +261,8 @@ class _Layers(Observer):
             found["threshold"] = float(state["threshold"])
             found["threshold_here"] = float(threshold_at(self.histograms[name].quantiles(), sparsifier.zeroed_share))
         if name in self.squares:
-            whole, removed, left = self.squares[name].sqrt().tolist()
-            found |= {"removed": removed / whole, "left": left / whole} if whole > 0 else {}
+            whole, removed = self.squares[name].sqrt().tolist()
+            found |= {"removed": removed / whole} if whole > 0 else {}
         if isinstance(layer, SponLayer) and layer.has_repair(self.adapter_name):
             found["anchor_norm"] = float(layer.spon_anchor[self.adapter_name].detach().float().norm())
             if self.adapter_name in layer.spon_gain:
@@ -302,18 +303,17 @@ class _Layers(Observer):
         }
 
 
-def errors(layer: Site, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Squares, summed over tokens and features: of W x, W (x - S(x)), and of what the repair leaves; fp64, shape (3,)."""
+def removal(layer: Site, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Squares, summed over tokens and features, of W x and of W (x - S(x)); fp64, shape (2,)."""
 
     def dense(value: torch.Tensor) -> torch.Tensor:
         if isinstance(layer, SponLayer):
             return layer.base_layer(value)
         with attribute([layer], "_dense", True):
-            return layer.forward(value)
+            return layer.forward(value)  # a call would show the observer its own question
 
-    bias, y = dense(torch.zeros_like(x[..., :1, :])), dense(x)
-    # `forward`: a call would show this observer its own question.
-    parts = (y - bias, dense(x - kept) - bias, layer.forward(x) - y)
+    bias = dense(torch.zeros_like(x[..., :1, :]))
+    parts = (dense(x) - bias, dense(x - kept) - bias)
     return torch.stack([part.float().square().sum(dtype=torch.float64) for part in parts]).cpu()
 
 
@@ -453,7 +453,7 @@ def decoding_speed(model: nn.Module, ids: torch.Tensor) -> dict[str, Any]:
         "prepared_layers": len(summary.prepared),
         "layers": len(summary.prepared) + len(summary.left),
         "left": dict(Counter(summary.left.values())),
-        "kernels": {device: f"{kernel.name} ({kernel.origin})" for device, kernel in summary.kernels.items()},
+        "kernels": {device: kernel.name for device, kernel in summary.kernels.items()},
         "prompt_tokens": ids.shape[1],
         "new_tokens": SPEED_TOKENS,
         "rounds": SPEED_ROUNDS,

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ def report_of(result: "EvaluationResult") -> dict[str, Any]:
     return finite(
         {
             "schema": SCHEMA,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "scores": {way: None if score is None else asdict(score) for way, score in scores.items()},
             "positions": [asdict(row) for row in result.by_position],
             "layers": [
@@ -90,7 +90,7 @@ def page(report: dict[str, Any]) -> str:
         subtitle=subtitle(report),
         cards=cards(report),
         sections=sections,
-        created=report.get("created", ""),
+        created=report.get("created", "").replace("T", " ").replace("+00:00", " UTC"),
         version=report.get("versions", {}).get("peft_spon", __version__),
         paper=PAPER,
         data=data,
@@ -162,11 +162,15 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def short(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+    return "–" if value is None else f"{value:#.3g}".removesuffix(".")
 
 
 def percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
+
+
+def signed_percent(value: float) -> str:
+    return "0.0%" if abs(value) < 5e-4 else f"{value:+.1%}".replace("-", "−")
 
 
 def whole_percent(value: float) -> str:
@@ -182,8 +186,18 @@ def section(title: str, text: str, *parts: dict[str, Any] | None) -> dict[str, A
     return {"id": re.sub(r"\W+", "-", title.lower()), "title": title, "text": text, "parts": shown} if shown else None
 
 
-def table(caption: str, head: list[str], rows: list[list[str]]) -> dict[str, Any]:
-    return {"kind": "table", "caption": caption, "head": head, "rows": rows}
+def lines_of(columns: dict[str, Any] | None, names: dict[str, tuple[str, str]]) -> list[Line]:
+    """Lines over `columns["tokens"]`, one for each other column; `names`: column to name and style of the line."""
+    if not columns:
+        return []
+    return [
+        Line(name, style, [(x, y) for x, y in zip(columns["tokens"], columns[key], strict=True) if y is not None])
+        for key, (name, style) in names.items()
+    ]
+
+
+def table(caption: str, head: list[str], rows: list[list[str]], is_wide: bool = True) -> dict[str, Any]:
+    return {"kind": "table", "caption": caption, "head": head, "rows": rows, "is_wide": is_wide}
 
 
 def chart(
@@ -241,8 +255,12 @@ def heat_map(
         scale = largest if is_signed else max(high - low, 0.02 * largest)
         strength = (abs(mean) if is_signed else mean - low) / scale if scale else 0.0
         sign = "minus" if is_signed and mean < 0 else "plus"
-        return {"text": written(mean), "title": f"{kind}, block {block}: {written(mean)}", "sign": sign,
-                "strength": round(100 * strength)}  # fmt: skip
+        return {
+            "text": written(mean).removesuffix("%"),
+            "title": f"{kind}, block {block}: {written(mean)}",
+            "sign": sign,
+            "strength": round(100 * strength),
+        }
 
     kinds = dict.fromkeys(layer["kind"] for layer in layers if any(kind == layer["kind"] for kind, _ in means))
     step = 1 if len(blocks) <= MOST_NUMBERS else -(-len(blocks) // MOST_NUMBERS)
@@ -305,8 +323,8 @@ def cards(report: dict[str, Any]) -> list[dict[str, str]]:
         {
             "name": "Perplexity",
             "value": number(score["perplexity"], 2),
-            "note": f"dense {number(ways['dense']['perplexity'], 2)}; × {number(score['perplexity_ratio'])}, 95 %: "
-            f"{number(low)} to {number(high)}",
+            "note": f"dense {number(ways['dense']['perplexity'], 2)}; × {number(score['perplexity_ratio'])}, "
+            f"95\u00a0%: {number(low)} to {number(high)}",
         },
         {
             "name": "Realised sparsity",
@@ -383,10 +401,10 @@ def layers_shown(report: dict[str, Any]) -> dict[str, Any] | None:
         heat_map(
             layers,
             "Threshold drift",
-            "The stored threshold against the one that would give the wanted sparsity on this text, in the sparse model. "
-            "Above zero, the layer zeroes more than was asked.",
+            "The stored threshold against the one that would give the wanted sparsity on this text, in the sparse "
+            "model. Above zero, the layer zeroes more than was asked.",
             drift,
-            written=lambda value: f"{value:+.1%}",
+            signed_percent,
             is_signed=True,
         ),
         heat_map(
@@ -396,15 +414,6 @@ def layers_shown(report: dict[str, Any]) -> dict[str, Any] | None:
             lambda layer: layer.get("removed"),
         ),
         heat_map(
-            layers,
-            "Error after the repair",
-            "The same with the repair on. Repairs are trained for the output of the whole model, so a layer's own error "
-            "may stay, or grow.",
-            lambda layer: layer.get("left"),
-        )
-        if report["scores"].get("anchored")
-        else None,
-        heat_map(
             layers, "Norms of the anchors", "L2 norm of each anchor.", lambda layer: layer.get("anchor_norm"), short
         ),
         heat_map(
@@ -412,7 +421,7 @@ def layers_shown(report: dict[str, Any]) -> dict[str, Any] | None:
             "Size of the gains",
             "Root mean square of each layer's gains.",
             lambda layer: layer.get("gain_rms"),
-            short,
+            percent,
         ),
     ]
     blocks = list(enumerate(report.get("blocks", [])))
@@ -426,6 +435,7 @@ def layers_shown(report: dict[str, Any]) -> dict[str, Any] | None:
         "|h dense|, mean over tokens.",
         lines,
         "block",
+        x_ticks=[i for i, _ in blocks] if len(blocks) <= 12 else None,
     )
     return section(
         "Where in the network",
@@ -437,21 +447,19 @@ def layers_shown(report: dict[str, Any]) -> dict[str, Any] | None:
 
 def along_the_text(report: dict[str, Any]) -> dict[str, Any] | None:
     """Neurons that are active over sequence length, and scores by position."""
-    active = report.get("active") or {}
-    names = {"ever": ("at any token so far", "dense"), "now": ("at a token", "repaired"), "always": ("at every token so far", "sparse")}  # fmt: skip
-    lines = [
-        Line(name, style, list(zip(active["tokens"], active[key], strict=True))) if active else Line(name, style, [])
-        for key, (name, style) in names.items()
-    ]
-    head = ["positions", "tokens", "KL to dense", "top-1 as dense", "perplexity", "dense perplexity"]
+    names = {
+        "ever": ("at any token so far", "dense"),
+        "now": ("at a token", "repaired"),
+        "always": ("at every token so far", "sparse"),
+    }
+    head = ["positions", "tokens", "KL", "top-1 as dense", "perplexity (dense)"]
     rows = [
         [
             f"{row['first']:,} to {row['last']:,}",
             f"{row['tokens']:,}",
             number(row["kl"]),
             percent(row["top1_agreement"]),
-            number(row["perplexity"], 2),
-            number(row["dense_perplexity"], 2),
+            f"{number(row['perplexity'], 2)} ({number(row['dense_perplexity'], 2)})",
         ]
         for row in report.get("positions", [])
     ]
@@ -460,32 +468,22 @@ def along_the_text(report: dict[str, Any]) -> dict[str, Any] | None:
         "",
         chart(
             "Neurons active over sequence length",
-            "Share of the layers' inputs that S keeps, by the number of tokens read: few neurons are active at every "
-            "token, most at some token.",
-            lines,
+            "Share of the layers' inputs that S keeps, by the number of tokens read.",
+            lines_of(report.get("active"), names),
             "tokens",
             is_log=True,
         ),
-        table("Scores by position in the text, all on", head, rows) if rows else None,
+        table("Scores by position in the text", head, rows, is_wide=False) if rows else None,
     )
 
 
 def together(report: dict[str, Any]) -> dict[str, Any] | None:
     """Union sparsity."""
-    union = report.get("union") or {}
     names = {
         "windows": ("consecutive tokens (speculative window)", "repaired"),
         "batches": ("different sequences (batch)", "sparse"),
         "independent": ("if tokens were independent", "dense"),
     }
-    lines = [
-        Line(
-            name,
-            style,
-            [(x, y) for x, y in zip(union.get("tokens", []), union.get(key, []), strict=True) if y is not None],
-        )
-        for key, (name, style) in names.items()
-    ]
     return section(
         "Several tokens at a time",
         "A batch, or a window of speculative decoding, reads a weight if any of its tokens needs it. What is left to "
@@ -493,10 +491,9 @@ def together(report: dict[str, Any]) -> dict[str, Any] | None:
         chart(
             "Union sparsity",
             "Share of the weights that none of the tokens needs.",
-            lines,
+            lines_of(report.get("union"), names),
             "tokens at a time",
             is_log=True,
-            x_ticks=union.get("tokens", []),
         ),
     )
 
@@ -516,7 +513,8 @@ def speed(report: dict[str, Any]) -> dict[str, Any] | None:
     return section(
         "Speed",
         f"Greedy generate of {timed['new_tokens']} tokens after {timed['prompt_tokens']}, one sequence, medians of "
-        f"{timed['rounds']} turns. {timed['prepared_layers']} of {timed['layers']} layers skip weights ({kernels}).{left}",
+        f"{timed['rounds']} turns. {timed['prepared_layers']} of {timed['layers']} layers skip weights ({kernels})."
+        f"{left}",
         table("Speed of decoding", ["", "tokens per second", "per token", "first token"], rows),
     )
 
@@ -566,7 +564,6 @@ def all_layers(report: dict[str, Any]) -> dict[str, Any] | None:
         "threshold": ("threshold", short),
         "threshold_here": ("fitting here", short),
         "removed": ("removed", percent),
-        "left": ("after repair", percent),
         "anchor_norm": ("anchor", short),
         "gain_rms": ("gains", short),
     }
@@ -584,7 +581,7 @@ def origin(report: dict[str, Any]) -> dict[str, Any] | None:
     about, data = report.get("model", {}), report.get("data", {})
     facts = {
         "tokens scored": f"{data.get('tokens', 0):,}",
-        "rows of": f"{data['row_tokens']:,} tokens, {data['rows']} of them" if "rows" in data else None,
+        "rows": f"{data['rows']:,} of {data['row_tokens']:,} tokens" if "rows" in data else None,
         "tokens for layers": f"{data['layer_tokens']:,}" if "layer_tokens" in data else None,
         "dtype, device": f"{about['dtype']}, {about['device']}" if about else None,
         "prefill": str(about["prefill"]) if about else None,
