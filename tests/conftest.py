@@ -1,10 +1,12 @@
 # Copyright 2026 The peft_spon authors.
 # SPDX-License-Identifier: Apache-2.0
 
+import gc
 import os
 from pathlib import Path
 
 
+gc.disable()  # until all tests are collected: what is imported stays, and takes half a second to look through
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The compiled CPU kernel, by the hash of its source, and whatever else libraries keep: not in the user's own cache.
@@ -24,6 +26,15 @@ torch.set_num_threads(1)
 
 def pytest_configure():
     kernels.active_kernel()  # compiled once, before pytest-xdist starts several processes that would all do it
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)

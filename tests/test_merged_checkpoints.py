@@ -173,6 +173,7 @@ def test_with_and_without_a_head(tmp_path):
         assert torch.equal(classifier.model(ids)[0], wanted)
 
 
+@pytest.mark.slow
 def test_a_program_without_peft_spon_gets_exactly_the_dense_base(tmp_path):
     for family in ("llama", "gpt2"):
         base = MODELS[family]()
