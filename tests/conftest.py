@@ -50,7 +50,13 @@ def _no_precision_of_another_test():
     AcceleratorState._reset_state()
 
 
-@pytest.fixture(params=sorted(MODELS))
+# Every kind of layer: linear with and without a bias, Conv1D, cross-attention. The other families are slow tests.
+DISTINCT = {"llama", "gpt2", "bert", "t5"}
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=() if name in DISTINCT else pytest.mark.slow) for name in sorted(MODELS)]
+)
 def family(request):
     """Name of each model family in turn."""
     return request.param

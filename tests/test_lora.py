@@ -34,8 +34,7 @@ from peft_spon.sites import spon_layers
 from peft_spon.sparse_linear import SparseMixin
 
 
-KINDS_OF_LINEAR, OTHERS = ["llama", "gpt2"], ["qwen3", "opt"]
-CAUSAL = KINDS_OF_LINEAR + OTHERS
+CAUSAL = ["llama", "gpt2", *(pytest.param(family, marks=pytest.mark.slow) for family in ("qwen3", "opt"))]
 
 
 def close(a, b):
@@ -212,6 +211,7 @@ def test_set_trainable(route, what):
     assert {name for name, p in model.named_parameters() if p.grad is not None} == trained(model)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"use_dora": True}, {"use_rslora": True}, {"lora_dropout": 0.5}], ids=str)
 def test_kinds_of_lora(fields, tmp_path):
     for make in ROUTES.values():
@@ -372,7 +372,7 @@ def test_a_process_without_peft_spon_loads_the_lora(tmp_path):
 
 
 @pytest.mark.parametrize("space", ["input", "output"])
-@pytest.mark.parametrize("family", [*KINDS_OF_LINEAR, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@pytest.mark.parametrize("family", CAUSAL)
 def test_merging_in_every_order_gives_the_same_function(family, space, route):
     model = route(family, anchor_space=space)
     wanted = logits(model, family)

@@ -54,8 +54,11 @@ def test_save_and_load_give_the_same_bits(family, tmp_path):
         assert torch.equal(*answers)
 
 
+DIALS = [{"gain": False}, {"prefill": 0.5}, {"anchor_space": "input"}]
+
+
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
-@pytest.mark.parametrize("fields", [{}, {"gain": False}, {"prefill": 0.5}, {"anchor_space": "input"}], ids=str)
+@pytest.mark.parametrize("fields", [{}, *(pytest.param(dial, marks=pytest.mark.slow) for dial in DIALS)], ids=str)
 def test_every_criterion_and_dial_comes_back(criterion, fields, tmp_path):
     merged = merged_model(criterion=criterion, **fields)
     merged.save_pretrained(tmp_path)
