@@ -5,18 +5,19 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from distributed_worker import texts
+from distributed_worker import texts, train
 from models import MODELS, VOCAB, logits
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from test_killed_saving import forked
 from transformers import TrainerCallback
 from trl import SFTConfig
 
@@ -127,6 +128,7 @@ def test_gradient_accumulation_is_normalised_by_tokens(tmp_path, tokenizer):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_checkpointing_packing_and_prompts(tmp_path, tokenizer):
     make(tmp_path, tokenizer, gradient_checkpointing=True).train()
     make(tmp_path, tokenizer, packing=True, packing_strategy="wrapped").train()
@@ -175,6 +177,7 @@ def test_resume_gives_the_anchors_of_an_uninterrupted_run(tmp_path, tokenizer):
         assert torch.equal(x.spon_threshold["default"], y.spon_threshold["default"])
 
 
+@pytest.mark.slow
 def test_prefill_dense_trains_as_if_decoding(tmp_path, tokenizer):
     kinds = {}
     for prefill in ("dense", "sparse"):
@@ -341,7 +344,7 @@ def test_held_out_kl_before_and_after(tmp_path, tokenizer, caplog):
 
 
 @pytest.mark.slow
-def test_killed_runs_resume_to_the_same_anchors(tmp_path):
+def test_killed_runs_resume_to_the_same_anchors(tmp_path, monkeypatch):
     """Processes are killed, without warning, in the middle of a step after the checkpoint of step 2 or 4."""
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "optim": "adamw_torch"}
     options |= {"learning_rate": 0.2, "gain_learning_rate": 0.05, "recalibrations": 2}
@@ -350,9 +353,9 @@ def test_killed_runs_resume_to_the_same_anchors(tmp_path):
     trainings = []
     for step in (3, 5):
         folder = tmp_path / f"killed-{step}"
-        command = [*worker, str(folder), json.dumps(options)]
-        killed = subprocess.run(command, env={**settings, "SPON_TEST_KILL_AT": str(step)}, capture_output=True)
-        assert killed.returncode == -signal.SIGKILL
+        with monkeypatch.context() as context:
+            context.setenv("SPON_TEST_KILL_AT", str(step))
+            assert not forked(partial(train, folder, dict(options)))
         checkpoint = folder / f"checkpoint-{step // 2 * 2}"
         weights = {
             path.name for path in checkpoint.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth")
@@ -402,13 +405,24 @@ def test_chat_and_streaming_data(tmp_path, tokenizer):
     make(tmp_path, tokenizer, data=stream).train()
 
 
-def test_compiled_and_bf16_training(tmp_path, tokenizer):
-    plain = make(tmp_path, tokenizer, max_steps=2)
+def shallow():
+    model = MODELS["llama"]()
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    return model
+
+
+@pytest.mark.slow
+def test_compiled_training(tmp_path, tokenizer):
+    plain = make(tmp_path, tokenizer, shallow(), max_steps=2)
     plain.train()
-    compiled = make(tmp_path, tokenizer, max_steps=2, torch_compile=True, torch_compile_backend="eager")
+    compiled = make(tmp_path, tokenizer, shallow(), max_steps=2, torch_compile=True, torch_compile_backend="eager")
     compiled.train()
     for a, b in zip(trained_parameters(plain.model), trained_parameters(compiled.model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_training(tmp_path, tokenizer):
     half = make(tmp_path, tokenizer, MODELS["llama"]().bfloat16(), max_steps=2, bf16=True)
     half.train()
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in trained_parameters(half.model))
@@ -433,7 +447,7 @@ def test_nothing_to_train(tmp_path, tokenizer):
         SponTrainingConfig(str(tmp_path), temperature=0, use_cpu=True)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_neither_teacher_nor_student_has_dropout(tmp_path, tokenizer, checkpointing):
     def anchors(dropout):
         model = MODELS["gpt2"]()
