@@ -19,6 +19,7 @@ from .lora_files import load_with_lora
 from .model import SponModel, set_sparsity
 from .modes import dense_mode, every_token_sparse, without_anchors
 from .register import register
+from .sampling import sample_texts
 
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ __all__ = [
     "prepare_for_decode",
     "register_criterion",
     "restore_from_decode",
+    "sample_texts",
     "save_lora",
     "set_sparsity",
     "set_trainable",

@@ -43,6 +43,14 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
+def lora_apart(groups: list[dict[str, Any]], lora: list[nn.Parameter], rate: float) -> list[dict[str, Any]]:
+    """The groups without the parameters of a repair LoRA, which get a group of their own, with its learning rate."""
+    trained = [parameter for parameter in lora if parameter.requires_grad]
+    own = set(trained)
+    rest = [{**group, "params": [p for p in group["params"] if p not in own]} for group in groups]
+    return [group for group in [*rest, {"params": trained, "lr": rate}] if group["params"]]
+
+
 def gain_scale(removed: dict[str, Removed]) -> float:
     """What the gains' learning rate is multiplied by, at most 1."""
     if not removed:

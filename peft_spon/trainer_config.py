@@ -31,6 +31,13 @@ class SponTrainingConfig(SFTConfig):
             removes less than a fifth of what the layers put out: by the square of that share.
         relative_learning_rate (`bool`, *optional*, defaults to `True`):
             `False`: `learning_rate` is in the units of the layer's activations, as in the paper.
+        repair_lora (`int`, *optional*, defaults to `0`):
+            Rank of a LoRA beneath SPON that is trained with the anchors, to the same end, and is part of the repair:
+            `dense_mode` is without it. 0: none is added, but one that is there is trained on. 16 was measured. It is
+            saved beside the adapter, loads with `load_with_lora`, and costs nothing at run time once it is merged:
+            the merged weights are then no longer the base's.
+        repair_lora_learning_rate (`float`, *optional*, defaults to `3e-3`):
+            Peak learning rate of that LoRA.
         temperature (`float`, *optional*, defaults to `1.0`):
             Divides the logits of teacher and student in the KL divergence.
         calibration_tokens (`int`, *optional*, defaults to `65536`):
@@ -56,6 +63,11 @@ class SponTrainingConfig(SFTConfig):
         default=True,
         metadata={"help": "False: `learning_rate` is in the units of the layer's activations, as in the paper."},
     )
+    repair_lora: int = field(
+        default=0,
+        metadata={"help": "Rank of a LoRA beneath SPON that is trained with the anchors and is part of the repair."},
+    )
+    repair_lora_learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of that LoRA."})
     temperature: float = field(
         default=1.0, metadata={"help": "Divides the logits of teacher and student in the KL divergence."}
     )
@@ -102,6 +114,12 @@ class SponTrainingConfig(SFTConfig):
             raise ValueError(f"recalibrations is {self.recalibrations!r}; use 0 for none, or a number above, e.g. 4.")
         if not self.gain_learning_rate >= 0:
             raise ValueError(f"gain_learning_rate is {self.gain_learning_rate!r}; use a number >= 0, e.g. 0.025.")
+        if isinstance(self.repair_lora, bool) or not isinstance(self.repair_lora, int) or self.repair_lora < 0:
+            raise ValueError(f"repair_lora is {self.repair_lora!r}; use 0 for none, or the LoRA's rank, e.g. 16.")
+        if not self.repair_lora_learning_rate >= 0:
+            raise ValueError(
+                f"repair_lora_learning_rate is {self.repair_lora_learning_rate!r}; use a number >= 0, e.g. 3e-3."
+            )
         if self.use_liger_kernel:
             raise ValueError(
                 "use_liger_kernel=True replaces the output head, whose input the loss needs; leave it out."
