@@ -66,11 +66,7 @@ class SelfDistillation:
         # The prediction at position t is for the label at t + 1.
         counted = distill_labels[:, 1:] != -100
         labels = distill_labels[:, 1:][counted]
-        if self.lean and self.scale is None:
-            problem = self._inspect(args, kwargs)
-            if problem:
-                self.lean = False
-                logger.warning(f"The distillation loss holds the logits of all tokens, in fp32: {problem}.")
+        self._decide(args, kwargs)
         if self.kept_teacher:
             teacher = self.kept_teacher[0]
         else:
@@ -86,6 +82,23 @@ class SelfDistillation:
                 head = OutputHead(weight, bias, self.scale, softcap_of(self.model))
                 result = compare_hidden(student, teacher, labels, head, self.temperature)
         return vars(result)
+
+    def outputs(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """
+        What the model gives for these inputs, as it is now, with its gradient: hidden states in front of its head,
+        shape (batch, tokens, hidden), or, where `lean` is False then, its logits.
+        """
+        with self:
+            self._decide((), inputs)
+            return self._run((), inputs)
+
+    def _decide(self, args: tuple, kwargs: dict) -> None:
+        """Look at the model's head once: is what lies in front of it enough?"""
+        if self.lean and self.scale is None:
+            problem = self._inspect(args, kwargs)
+            if problem:
+                self.lean = False
+                logger.warning(f"The distillation loss holds the logits of all tokens, in fp32: {problem}.")
 
     @contextmanager
     def one_teacher(self, kept: list[torch.Tensor]):
@@ -105,7 +118,13 @@ class SelfDistillation:
     def _run(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """What the model feeds its head, shape (batch, tokens, hidden), or without `lean` its logits."""
         if not self.lean:
-            return self.forward(*args, **kwargs).logits
+            outputs = self.forward(*args, **kwargs)
+            if "logits" not in outputs:
+                raise ValueError(
+                    f"{type(self.model).__name__} gives no logits, so there is no KL; take a model with a head, for "
+                    "example a ...ForCausalLM."
+                )
+            return outputs.logits
         caught, _ = self._catch(args, kwargs)
         if len(caught) != 1:
             raise RuntimeError(f"The output head ran {len(caught)} times in one forward.")
