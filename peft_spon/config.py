@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import has_file
 
 from ._version import __version__
+from .budget import check_allocation
 from .cards import adapter_card
 from .checksums import fields_checksum, tensors_checksum
 from .criteria import Criterion, make_criterion
@@ -103,6 +104,9 @@ class SponConfig(PeftConfig):
         calibrated (`bool`, *optional*, defaults to `False`):
             Written by `calibrate`: thresholds are stored with the adapter. Until then layers keep each token's k best
             entries by the criterion's own score.
+        allocation (`dict[str, Any]`, *optional*):
+            Written by `allocate`: how much each layer suffers at which sparsity, so that `set_sparsity` can split
+            another budget. What the layers have now is in `sparsity_pattern`.
         peft_spon_version (`str`, *optional*):
             Version of peft_spon that wrote the adapter; filled in by itself.
         checksums (`dict[str, Any]`, *optional*):
@@ -172,6 +176,10 @@ class SponConfig(PeftConfig):
     calibrated: bool = field(
         default=False, metadata={"help": "Written by `calibrate`: thresholds are stored with the adapter."}
     )
+    allocation: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Written by `allocate`: how much each layer suffers at which sparsity."},
+    )
     peft_spon_version: str | None = field(
         default=None, metadata={"help": "Version of peft_spon that wrote the adapter; filled in by itself."}
     )
@@ -194,6 +202,7 @@ class SponConfig(PeftConfig):
         check_version(self.peft_spon_version, "peft_spon_version")
         self._check_fields()
         check_sparsity(self.sparsity, self.sparsity_pattern)
+        check_allocation(self.allocation)
         expressions = self._regular_expressions()
         for what, (pattern, _) in expressions.items():
             check_pattern(what, pattern)

