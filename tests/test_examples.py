@@ -133,9 +133,9 @@ def test_distill(tmp_path, streaming, run_here):
 
 
 @pytest.mark.slow
-def test_smollm2_with_another_model(tmp_path):
+def test_smollm2_with_another_model(tmp_path, run_here):
     size = ["--steps", "2", "--eval-tokens", "512", "--block", "64", "--model", str(EXAMPLES / "tiny_llama")]
-    out = run(tmp_path, "smollm2.py", *size)
+    out = run_here("smollm2.py", *size)
     assert "method 'kl'" in out
     assert "step 2: KL" in out
     assert (tmp_path / "out/smollm2/adapter_model.safetensors").exists()
