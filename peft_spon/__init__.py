@@ -8,6 +8,7 @@ Importing this package registers SPON with PEFT.
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .allocation import Allocation, allocate
 from .calibration import CalibrationResult, calibrate
 from .config import SponConfig
 from .criteria import CRITERIA, Criterion, register_criterion
@@ -29,6 +30,7 @@ register()
 
 __all__ = [
     "CRITERIA",
+    "Allocation",
     "CalibrationResult",
     "Criterion",
     "DecodeSummary",
@@ -41,6 +43,7 @@ __all__ = [
     "SponTrainingConfig",
     "__version__",
     "add_lora",
+    "allocate",
     "calibrate",
     "dense_mode",
     "evaluate",

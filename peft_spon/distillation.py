@@ -63,8 +63,7 @@ class SelfDistillation(BeforeHead):
         # The prediction at position t is for the label at t + 1.
         counted = distill_labels[:, 1:] != -100
         labels = distill_labels[:, 1:][counted]
-        if problem := self.look(args, kwargs):
-            logger.warning(f"The distillation loss holds the logits of all tokens, in fp32: {problem}.")
+        self._look(args, kwargs)
         if self.kept_teacher:
             teacher = self.kept_teacher[0]
         else:
@@ -85,6 +84,20 @@ class SelfDistillation(BeforeHead):
         problem = head_problem(self.model)
         is_trained = problem is None and any(p.requires_grad for p in self.model.get_output_embeddings().parameters())
         return "its output head is trained" if is_trained else problem
+
+    def outputs(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """
+        What the model gives for these inputs, as it is now, with its gradient: hidden states in front of its head,
+        shape (batch, tokens, hidden), or, where `lean` is False then, its logits.
+        """
+        with self:
+            self._look((), inputs)
+            return self.run((), inputs)
+
+    def _look(self, args: tuple, kwargs: dict) -> None:
+        """Look at the model's head once: is what lies in front of it enough?"""
+        if problem := self.look(args, kwargs):
+            logger.warning(f"The distillation loss holds the logits of all tokens, in fp32: {problem}.")
 
     @contextmanager
     def one_teacher(self, kept: list[torch.Tensor]):

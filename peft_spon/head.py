@@ -51,7 +51,13 @@ class BeforeHead:
     def run(self, args: tuple, kwargs: dict) -> torch.Tensor:
         """What the model feeds its head, shape (batch, tokens, hidden), or without `lean` its logits."""
         if not self.lean:
-            return self.forward(*args, **kwargs).logits
+            outputs = self.forward(*args, **kwargs)
+            if "logits" not in outputs:
+                raise ValueError(
+                    f"{type(self.model).__name__} gives no logits, so there is no KL; take a model with a head, for "
+                    "example a ...ForCausalLM."
+                )
+            return outputs.logits
         caught, _ = self._catch(args, kwargs)
         if len(caught) != 1:
             raise RuntimeError(f"The output head ran {len(caught)} times in one forward.")

@@ -25,14 +25,14 @@ def parameter_groups(
 
     Args:
         model (`torch.nn.Module`): a model with a SPON adapter.
-        learning_rate (`float`): of the anchors, relative to the root mean square of what S removes from their layer.
+        learning_rate (`float`): of the anchors, relative to the mean of what S removes from their layer.
         gain_learning_rate (`float`): of the gains, where S removes much.
         removed (`dict[str, Removed]`): by layer name; without it both are absolute.
     """
     layers = spon_layers(model)
     groups = []
     for name, layer in layers.items():
-        rate = learning_rate * (removed[name].rms if name in removed else 1.0)
+        rate = learning_rate * (removed[name].mean if name in removed else 1.0)
         groups += [{"params": [parameter], "lr": rate} for parameter in layer.spon_anchor.values()]
     gains = [gain for layer in layers.values() for gain in layer.spon_gain.values()]
     groups.append({"params": gains, "lr": gain_learning_rate * gain_scale(removed)})

@@ -58,7 +58,7 @@ from .trainer_config import SFTTrainer, SponTrainingConfig, check_arguments
 logger = logging.get_logger(__name__)
 
 # Tokens on which the scale of the learning rates is measured.
-SCALE_TOKENS = 8192
+SCALE_TOKENS = 2048
 DENSE_BROKEN = "and the dense model's log-likelihood is not finite either"
 
 
@@ -243,7 +243,7 @@ class SponTrainer(SFTTrainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _recalibrate(self) -> None:
-        tokens = max(1, self.args.calibration_tokens // 8)
+        tokens = self.args.calibration_tokens
         logger.info(f"fitting the thresholds anew to the sparse model, on {tokens} tokens of the training data")
         calibrate(self.model, refit=True, **{**calibration_data(self, tokens), "progress": False})
 
