@@ -293,13 +293,15 @@ class _Layers(Observer):
         """Share of the weights that a batch or a window does not read; None where there are too few rows or tokens."""
         if not self.together:
             return {}
-        windows, batches = self._mean({name: total[0] / total[1] for name, total in self.together.items()}).tolist()
-        alone = self._mean({name: (total[0] / total[1])[0, :1] for name, total in self.together.items()})
+        unread: dict[str, torch.Tensor] = {}
+        for name, (kept, looked_at) in self.together.items():
+            zeroed = 1 - kept / looked_at
+            independent = zeroed[0, 0] ** torch.tensor(TOGETHER)
+            # What a criterion reads beside W is read once for all.
+            unread[name] = self.layers[name].sparsifier(self.adapter_name).unread(torch.stack([*zeroed, independent]))
         return {
             "tokens": list(TOGETHER),
-            "windows": [1 - share for share in windows],
-            "batches": [1 - share for share in batches],
-            "independent": [(1 - float(alone)) ** count for count in TOGETHER],
+            **dict(zip(("windows", "batches", "independent"), self._mean(unread).tolist(), strict=True)),
         }
 
 
