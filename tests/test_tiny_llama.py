@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, calibrate, evaluate
+from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, allocate, calibrate, evaluate
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -96,3 +96,17 @@ def test_sparsity_hurts_weighted_hurts_less_and_anchors_repair(base, tokenizer, 
     assert magnitude.sparse.perplexity > ours.sparse.perplexity > ours.anchored.perplexity > ours.dense.perplexity
     assert ours.anchored.kl < 0.85 * ours.sparse.kl
     assert 0.58 < ours.anchored.sparsity < 0.62
+
+
+def test_allocation_takes_half_of_the_kl_away_for_nothing(base, tokenizer, texts):
+    """Little data, and still: thresholds of 4,096 tokens hit the total, and 1,024 tokens tell the layers apart."""
+    model = get_peft_model(base, SponConfig(sparsity=0.6, anchor_modules=[]))
+    calibrate(model, texts["train"], tokenizer, max_tokens=4096, **SIZE)
+    kl, realised = {}, {}
+    for method in ("uniform", "kl"):
+        allocate(model, texts["train"], tokenizer, method=method, max_length=256, max_tokens=1024)
+        result = evaluate(model, texts["held_out"], tokenizer, max_tokens=2048, **SIZE)
+        kl[method], realised[method] = result.sparse.kl, result.sparse.sparsity
+    assert kl["kl"] < 0.5 * kl["uniform"]
+    assert realised["kl"] == pytest.approx(realised["uniform"], abs=0.005)
+    assert realised["uniform"] == pytest.approx(0.6, abs=0.01)
