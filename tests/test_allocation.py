@@ -368,6 +368,19 @@ def test_lora_beneath_bf16_and_offloaded_layers(llama):
         assert shares(offloaded)[name] == pytest.approx(share, abs=0.01)
 
 
+def test_a_compiled_model_is_seen_as_it_runs():
+    wanted, model = adapted(), adapted()
+    torch.manual_seed(0)
+    calibrate(wanted, batches(), progress=False)
+    calibrate(model, batches(), progress=False)
+    model = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        model(**batches()[0])
+    for each in (wanted, model):
+        quiet(each, batches(2))
+    assert shares(model) == shares(wanted)
+
+
 def _allocate_in_process(rank, port, queue):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
