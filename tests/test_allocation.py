@@ -368,16 +368,14 @@ def test_lora_beneath_bf16_and_offloaded_layers(llama):
         assert shares(offloaded)[name] == pytest.approx(share, abs=0.01)
 
 
-def test_a_compiled_model_is_seen_as_it_runs():
+def test_a_compiled_part_is_seen_as_it_runs():
     wanted, model = adapted(), adapted()
-    torch.manual_seed(0)
     calibrate(wanted, batches(), progress=False)
     calibrate(model, batches(), progress=False)
-    model = torch.compile(model, backend="aot_eager")
-    with torch.no_grad():
-        model(**batches()[0])
+    block = model.base_model.model.model.layers[1]
+    block.mlp = torch.compile(block.mlp, backend="eager")
     for each in (wanted, model):
-        quiet(each, batches(2))
+        quiet(each, batches(3))
     assert shares(model) == shares(wanted)
 
 
