@@ -141,7 +141,7 @@ def main() -> None:
 
     heading("3. Plain magnitude sparsity, for comparison: what there is to repair")
     model.add_adapter("magnitude", SponConfig(sparsity=args.sparsity, criterion="magnitude", anchor_modules=[]))
-    calibrate(model, train_texts, tokenizer, adapter_name="magnitude", max_tokens=8192, **size)
+    calibrate(model, train_texts, tokenizer, adapter_name="magnitude", max_tokens=65536, **size)
     model.set_adapter("magnitude")
     magnitude = evaluate(model, held_out, tokenizer, max_tokens=args.eval_tokens, **size)
     print(magnitude)

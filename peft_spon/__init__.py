@@ -14,7 +14,8 @@ from .config import SponConfig
 from .criteria import CRITERIA, Criterion, register_criterion
 from .decode import DecodeSummary, prepare_for_decode, restore_from_decode
 from .evaluation import EvaluationResult, evaluate
-from .layer import SponLayer, SponLinear
+from .layer import SponLayer
+from .linear import SponLinear
 from .lora import add_lora, save_lora, set_trainable, without_lora
 from .lora_files import load_with_lora
 from .model import SponModel, set_sparsity

@@ -4,6 +4,7 @@
 
 import os
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from .calibration import calibrate, needs_moments
 from .data import check_arguments, check_sizes, count_tokens, iter_batches, to_device
 from .greedy import greedy_paths
 from .model import set_sparsity
-from .modes import evaluation_mode, every_token_sparse
+from .modes import differentiable, evaluation_mode, every_token_sparse
 from .sensitivity import Looked, State, kl_curves
 from .sites import adapter_config, change_config, resolve_adapter, spon_layers
 from .statistics import Zeros, run
@@ -158,24 +159,28 @@ def allocate(
     before = {key: layer.saved_state(name) for key, layer in layers.items()}
     size = {"batch_size": batch_size, "max_length": max_length, "text_column": text_column}
     try:
-        if not is_fitted:
-            calibrate(
-                model, data, tokenizer, adapter_name=name, max_tokens=calibration_tokens, progress=progress, **size
-            )
-        batches = [to_device(b, model) for b in iter_batches(data, tokenizer, max_tokens=max_tokens, **size)]
-        looked = Looked(model, layers, name, batches, None if progress is None else not progress)
-        allocation = None
-        if method != "uniform":
-            key = {"method": method, "layers": list(layers), "batches": [count_tokens(b) for b in batches]}
-            key |= {"criterion": config.criterion, "dials": str(config.criterion_kwargs), "seed": seed}
-            kept = State(state_file, {**key, **({"cap": cap, "floor": floor} if method == "greedy" else {})})
-            curves = kl_curves(looked, seed, kept) if method == "kl" else greedy_paths(looked, floor, cap, kept)
-            sizes = {key: size_of(looked, key, budget) for key in layers}
-            entries = {key: {"size": sizes[key], "curve": [float(f"{v:.6g}") for v in curves[key]]} for key in layers}
-            allocation = {"method": method, "floor": floor, "cap": cap, "layers": entries}
-            split(allocation, sparsity)  # raises what can be wrong with it before anything is changed
-        change_config(model, name, allocation=allocation)
-        set_sparsity(model, sparsity, None if allocation else {}, name)
+        # The backward needs 4-bit weights in the form that has one, also where thresholds are found first.
+        with differentiable(model) if method == "kl" else nullcontext():
+            if not is_fitted:
+                calibrate(
+                    model, data, tokenizer, adapter_name=name, max_tokens=calibration_tokens, progress=progress, **size
+                )
+            batches = [to_device(b, model) for b in iter_batches(data, tokenizer, max_tokens=max_tokens, **size)]
+            looked = Looked(model, layers, name, batches, None if progress is None else not progress)
+            allocation = None
+            if method != "uniform":
+                key = {"method": method, "layers": list(layers), "batches": [count_tokens(b) for b in batches]}
+                key |= {"criterion": config.criterion, "dials": str(config.criterion_kwargs), "seed": seed}
+                kept = State(state_file, {**key, **({"cap": cap, "floor": floor} if method == "greedy" else {})})
+                curves = kl_curves(looked, seed, kept) if method == "kl" else greedy_paths(looked, floor, cap, kept)
+                sizes = {key: size_of(looked, key, budget) for key in layers}
+                entries = {
+                    key: {"size": sizes[key], "curve": [float(f"{v:.6g}") for v in curves[key]]} for key in layers
+                }
+                allocation = {"method": method, "floor": floor, "cap": cap, "layers": entries}
+                split(allocation, sparsity)  # raises what can be wrong with it before anything is changed
+            change_config(model, name, allocation=allocation)
+            set_sparsity(model, sparsity, None if allocation else {}, name)
     except BaseException:
         for key, layer in layers.items():
             layer.restore_state(name, before[key])

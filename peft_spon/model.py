@@ -15,7 +15,8 @@ from .budget import exact_key, split
 from .config import SponConfig, check_sparsity
 from .containers import Place
 from .decode import DecodeSummary, prepare_for_decode, restore_from_decode
-from .layer import SponLayer, SponLinear
+from .layer import SponLayer
+from .linear import SponLinear
 from .loading import checked, module_keys, modules_checksum, own_checksum, undo_load
 from .lora import OverLora, check_can_be_reference
 from .lora_files import lora_checksums

@@ -91,7 +91,9 @@ def kl_curves(looked: Looked, seed: int, kept: State) -> dict[str, list[float]]:
     with dense_mode(looked.model), evaluation_mode(looked.model), attribute(trained, "requires_grad", False), bar:
         for index, batch in enumerate(looked.batches):
             if index >= done:
-                with torch.enable_grad(), watched(looked, batch, sums):
+                # Compiled code would call what is hooked in once, when it is traced, and never again.
+                eager = torch.compiler.set_stance("force_eager")
+                with eager, torch.enable_grad(), watched(looked, batch, sums):
                     outputs += backward_of_a_sample(reader, batch, seed + index * world_size() + rank())
                 kept.save(outputs=outputs, done=index + 1, rows=looked.rows, sums=sums)
             bar.update(count_tokens(batch))
@@ -190,10 +192,11 @@ def backward_of_a_sample(reader: SelfDistillation, batch: Batch, seed: int) -> i
             weights = stack.enter_context(gathered_head(reader.model.get_output_embeddings()))
             head = OutputHead(*weights, reader.scale, softcap_of(reader.model))
         gradient = torch.empty_like(rows)
-        generator = torch.Generator(rows.device).manual_seed(seed)
-        size = max(1, CHUNK_ELEMENTS // (head.weight.shape[0] if reader.lean else rows.shape[-1]))
+        device, width = (head.weight.device, head.weight.shape[0]) if reader.lean else (rows.device, rows.shape[-1])
+        generator = torch.Generator(device).manual_seed(seed)
+        size = max(1, CHUNK_ELEMENTS // width)
         for part, out in zip(rows.split(size), gradient.split(size), strict=True):
-            logits = head.logits(part) if reader.lean else part.float()
+            logits = head.logits(part.to(device)) if reader.lean else part.float()
             p = logits.softmax(-1)
             y = torch.multinomial(p, 1, generator=generator)
             p.scatter_add_(1, y, -torch.ones_like(p[:, :1]))

@@ -368,6 +368,17 @@ def test_lora_beneath_bf16_and_offloaded_layers(llama):
         assert shares(offloaded)[name] == pytest.approx(share, abs=0.01)
 
 
+def test_a_compiled_part_is_seen_as_it_runs():
+    wanted, model = adapted(), adapted()
+    calibrate(wanted, batches(), progress=False)
+    calibrate(model, batches(), progress=False)
+    block = model.base_model.model.model.layers[1]
+    block.mlp = torch.compile(block.mlp, backend="eager")
+    for each in (wanted, model):
+        quiet(each, batches(3))
+    assert shares(model) == shares(wanted)
+
+
 def _allocate_in_process(rank, port, queue):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)

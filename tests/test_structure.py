@@ -39,6 +39,7 @@ LEVELS = {
     "transposed": 1,
     "decode": 2,
     "layer": 2,
+    "linear": 2,
     "loading": 2,
     "lora": 2,
     "lora_files": 2,
