@@ -213,6 +213,10 @@ def whole_percent(value: float) -> str:
     return f"{value:.0%}"
 
 
+def plain(value: float) -> str:
+    return f"{value:g}"
+
+
 # ---- what the page is made of: dictionaries that the template draws ------------------------------------------------
 
 
@@ -542,14 +546,15 @@ def speed(report: dict[str, Any]) -> dict[str, Any] | None:
     rows = [
         [name, number(timed[way]["tokens_per_second"], 1), f"{1e3 / timed[way]['tokens_per_second']:.2f} ms",
          f"{1e3 * timed[way]['prompt_seconds']:.1f} ms"]
-        for way, name in (("dense", "dense"), ("prepared", "sparse, prepare_for_decode"))
+        for way, name in (("dense", "dense"), ("prepared", "prepared"))
     ]  # fmt: skip
     kernels = ", ".join(f"{device}: {name}" for device, name in timed["kernels"].items()) or "no sparse kernel"
     left = "".join(f" {count} as before: {reason}." for reason, count in timed["left"].items())
     return section(
         "Speed",
         f"Greedy generate of {timed['new_tokens']} tokens after {timed['prompt_tokens']}, one sequence, medians of "
-        f"{timed['rounds']} turns. {timed['prepared_layers']} of {timed['layers']} layers skip weights ({kernels})."
+        f"{timed['rounds']} turns. {timed['prepared_layers']} of {timed['layers']} layers skip weights after "
+        f"prepare_for_decode ({kernels})."
         f"{left}",
         table("Speed of decoding", ["", "tokens per second", "per token", "first token"], rows),
     )
@@ -569,7 +574,7 @@ def training(report: dict[str, Any]) -> dict[str, Any] | None:
     return section(
         "Training",
         "",
-        chart("KL to dense, nats per token", "", lines("kl"), "step", short),
+        chart("KL to dense, nats per token", "", lines("kl"), "step", plain),
         chart("Top-1 agreement with dense", "", lines("top1_agreement"), "step"),
     )
 
