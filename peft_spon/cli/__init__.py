@@ -1,0 +1,78 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The command `peft-spon`: the only part of the package that parses arguments or prints."""
+
+import contextlib
+import json
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+from transformers.utils import logging as transformers_logging
+
+from .output import jsonable
+
+
+OK, FAILED, USAGE = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run one command.
+
+    Args:
+        argv (`list[str]`, *optional*): the arguments; default: the process's.
+
+    Returns:
+        `int`: exit code: 0, or 1 if the command failed, or 2 if it was not called as its help says.
+    """
+    try:
+        from .parser import COMMANDS, parse
+    except ImportError as error:
+        if (error.name or "").split(".")[0] not in ("jsonargparse", "docstring_parser", "yaml"):
+            raise
+        print("peft-spon needs jsonargparse: pip install 'peft_spon[cli]'", file=sys.stderr)
+        return FAILED
+    try:
+        name, arguments, options = parse(argv)
+    except SystemExit as stop:  # --help, --version, or wrong usage, already printed
+        return stop.code if isinstance(stop.code, int) else USAGE
+    quiet_libraries(options["debug"])
+    # What libraries print goes where progress goes: standard output is the result's.
+    stdout = sys.stderr if options["json"] else sys.stdout
+    try:
+        with contextlib.redirect_stdout(stdout):
+            result = COMMANDS[name](**arguments)
+    except KeyboardInterrupt:
+        print("peft-spon: interrupted", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if options["debug"]:
+            traceback.print_exc()
+        else:
+            kind = "" if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: "
+            text = " ".join(str(error).split()) or type(error).__name__
+            print(f"peft-spon {name}: error: {kind}{text}", file=sys.stderr)
+        return FAILED
+    if options["json"]:
+        print(json.dumps(jsonable(result), indent=1))
+    return OK
+
+
+def quiet_libraries(debug: bool) -> None:
+    """Warnings and notes of libraries, which are for developers, are for `--debug`."""
+    if debug:
+        return
+    warnings.simplefilter("ignore")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def run() -> None:
+    """What the installed script `peft-spon` calls."""
+    sys.exit(main())
