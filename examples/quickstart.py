@@ -44,19 +44,19 @@ def parse_args() -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_args()
-    quiet_libraries(debug=False)
-    demo(
-        model=args.model,
-        data=f"{args.dataset}:{args.dataset_config}" if args.dataset_config else args.dataset,
-        out=args.out,
-        sparsity=args.sparsity,
-        steps=args.steps,
-        batch_size=args.batch,
-        max_length=args.block,
-        eval_tokens=args.eval_tokens,
-        learning_rate=args.lr,
-        text_column=args.text_column,
-        seed=args.seed,
-        short=args.short,
-        force=True,
-    )
+    with quiet_libraries():
+        demo(
+            model=args.model,
+            data=f"{args.dataset}:{args.dataset_config}" if args.dataset_config else args.dataset,
+            out=args.out,
+            sparsity=args.sparsity,
+            steps=args.steps,
+            batch_size=args.batch,
+            max_length=args.block,
+            eval_tokens=args.eval_tokens,
+            learning_rate=args.lr,
+            text_column=args.text_column,
+            seed=args.seed,
+            short=args.short,
+            force=True,
+        )

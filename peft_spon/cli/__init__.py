@@ -8,7 +8,7 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from transformers.utils import logging as transformers_logging
 
@@ -39,11 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         name, arguments, options = parse(argv)
     except SystemExit as stop:  # --help, --version, or wrong usage, already printed
         return stop.code if isinstance(stop.code, int) else USAGE
-    quiet_libraries(options["debug"])
     # What libraries print goes where progress goes: standard output is the result's.
     stdout = sys.stderr if options["json"] else sys.stdout
     try:
-        with contextlib.redirect_stdout(stdout):
+        with contextlib.redirect_stdout(stdout), contextlib.nullcontext() if options["debug"] else quiet_libraries():
             result = COMMANDS[name](**arguments)
     except KeyboardInterrupt:
         print("peft-spon: interrupted", file=sys.stderr)
@@ -63,14 +62,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return OK
 
 
-def quiet_libraries(debug: bool) -> None:
-    """Warnings and notes of libraries, which are for developers, are for `--debug`."""
-    if debug:
-        return
-    warnings.simplefilter("ignore")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """`with quiet_libraries():` without the warnings and notes of libraries, which are for developers."""
+    httpx = logging.getLogger("httpx")
+    before, verbosity = httpx.level, transformers_logging.get_verbosity()
+    shows_bars = transformers_logging.is_progress_bar_enabled()
+    httpx.setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        httpx.setLevel(before)
+        transformers_logging.set_verbosity(verbosity)
+        if shows_bars:
+            transformers_logging.enable_progress_bar()
 
 
 def run() -> None:

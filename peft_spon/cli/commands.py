@@ -3,7 +3,9 @@
 """One function per command: its parameters are the flags, its docstring the help, what it returns the JSON."""
 
 import json
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +16,12 @@ from transformers import AutoConfig, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import allocation, calibration
-from ..config import SponConfig, adapter_card_for_hub
+from ..cards import adapter_card, merged_card
+from ..config import SponConfig
 from ..environment import environment, environment_text
 from ..evaluation import metrics, study
 from ..evaluation.speed import decode_sparsity, measure_speed
+from ..merged import SponMergedConfig
 from ..sites import resolve_sites, sites, spon_layers
 from ..texts import read_data, read_divided
 from .models import (
@@ -47,7 +51,7 @@ def calibrate(
     sparsity: float | None = None,
     criterion: str | None = None,
     on_sparse: bool = False,
-    max_tokens: int = 8192,
+    max_tokens: int = 65536,
     max_length: int = 512,
     batch_size: int = 8,
     text_column: str = "text",
@@ -398,7 +402,7 @@ def compare(
     steps: int = 60,
     batch_size: int = 4,
     max_length: int = 256,
-    calibration_tokens: int = 8192,
+    calibration_tokens: int = 65536,
     allocation_tokens: int = 4096,
     eval_tokens: int = 32768,
     figure: Path | None = None,
@@ -439,6 +443,10 @@ def compare(
     """
     from tqdm.auto import tqdm
 
+    if repair:
+        import datasets
+
+        datasets.disable_progress_bars()  # a dozen for each case
     protocol = study.Protocol(
         steps if repair else 0, batch_size, max_length, calibration_tokens, allocation_tokens, eval_tokens
     )
@@ -685,29 +693,50 @@ def push(
         message: of the commit.
         force: add to a repository that has files already.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
-    is_adapter = (folder / "adapter_config.json").exists()
-    if is_adapter and not isinstance(PeftConfig.from_pretrained(folder), SponConfig):
-        raise ValueError(f"{folder} is no SPON adapter.")
-    if not is_adapter and not ((folder / "config.json").exists() and is_merged(AutoConfig.from_pretrained(folder))):
-        raise ValueError(f"{folder} holds neither a SPON adapter nor a merged model; nothing was uploaded.")
-    api = HfApi()
-    if api.repo_exists(to) and not force:
-        files = [name for name in api.list_repo_files(to) if name not in (".gitattributes", "README.md")]
-        if files:
-            raise ValueError(f"{to} has files already ({files[0]}, ...); --force adds to them. Nothing was uploaded.")
-    api.create_repo(to, private=private, exist_ok=True)
-    if is_adapter:
-        adapter_card_for_hub(str(folder), to)
-    ignored = ["checkpoints/*", "checkpoint-*/*", "trainer/*", "*.pt", "allocation-state.json"]
-    done = api.upload_folder(
-        repo_id=to, folder_path=folder, commit_message=message or f"Upload {folder.name}", ignore_patterns=ignored
-    )
+    with tempfile.TemporaryDirectory() as aside:
+        card = Path(aside, "README.md")
+        if (folder / "README.md").exists():
+            shutil.copy(folder / "README.md", card)
+        if (folder / "adapter_config.json").exists():
+            config = PeftConfig.from_pretrained(folder)
+            if not isinstance(config, SponConfig):
+                raise ValueError(f"{folder} holds a {config.peft_type} adapter, not SPON; nothing was uploaded.")
+            adapter_card(aside, config, config.auto_mapping, to)
+        elif (folder / "config.json").exists() and is_merged(config := AutoConfig.from_pretrained(folder)):
+            config.quantization_config = SponMergedConfig(**config.quantization_config)
+            merged_card(aside, config, to)
+        else:
+            raise ValueError(f"{folder} holds neither a SPON adapter nor a merged model; nothing was uploaded.")
+        api = HfApi()
+        if api.repo_exists(to) and not force:
+            files = [name for name in api.list_repo_files(to) if name not in (".gitattributes", "README.md")]
+            if files:
+                raise ValueError(f"{to} has {files[0]} and more already; --force adds to it. Nothing was uploaded.")
+        api.create_repo(to, private=private, exist_ok=True)
+        done = api.create_commit(
+            repo_id=to,
+            operations=[
+                CommitOperationAdd(path.relative_to(folder).as_posix(), path)
+                for path in uploaded(folder)
+                if path != folder / "README.md"
+            ]
+            + [CommitOperationAdd("README.md", card)],
+            commit_message=message or f"Upload {folder.name}",
+        )
     print(f"{folder} is at {done.commit_url}.")
     return {"to": to, "url": str(done.commit_url)}
+
+
+def uploaded(folder: Path) -> list[Path]:
+    """The files of an adapter, of what lies beneath it, or of a merged model: no checkpoints."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    loras = [path.parent for path in sorted(folder.glob("*/adapter_config.json"))]
+    files += [path for lora in loras for path in sorted(lora.iterdir()) if path.is_file()]
+    return [path for path in files if path.suffix in (".json", ".safetensors", ".md", ".txt", ".model", ".jinja")]
 
 
 def env() -> dict[str, Any]:

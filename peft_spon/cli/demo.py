@@ -98,7 +98,7 @@ def demo(
 
     heading("3. Plain magnitude sparsity, for comparison: what there is to repair")
     spon.add_adapter("magnitude", SponConfig(sparsity=sparsity, criterion="magnitude", anchor_modules=[]))
-    calibrate(spon, train_texts, tokenizer, adapter_name="magnitude", max_tokens=8192, **size)
+    calibrate(spon, train_texts, tokenizer, adapter_name="magnitude", max_tokens=65536, **size)
     spon.set_adapter("magnitude")
     magnitude = evaluate(spon, held_out, tokenizer, max_tokens=eval_tokens, **size)
     print(magnitude)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import set_seed
+from transformers import PrinterCallback, set_seed
 
 from ..allocation import allocate
 from ..budget import METHODS
@@ -49,7 +49,7 @@ class Protocol:
         steps (`int`, *optional*, defaults to 60): training steps of a repaired case; 0: nothing is trained.
         batch (`int`, *optional*, defaults to 4): blocks per training step.
         block (`int`, *optional*, defaults to 256): tokens per block, in everything.
-        calibration_tokens (`int`, *optional*, defaults to 8192): on which thresholds are found.
+        calibration_tokens (`int`, *optional*, defaults to 65536): on which thresholds are found.
         allocation_tokens (`int`, *optional*, defaults to 4096): on which an allocation is found.
         eval_tokens (`int`, *optional*, defaults to 32768): held-out tokens that are measured on.
 
@@ -60,7 +60,7 @@ class Protocol:
     steps: int = 60
     batch: int = 4
     block: int = 256
-    calibration_tokens: int = 8192
+    calibration_tokens: int = 65536
     allocation_tokens: int = 4096
     eval_tokens: int = 32768
 
@@ -256,7 +256,9 @@ def train_anchors(model: nn.Module, ids: torch.Tensor, tokenizer: Any, seed: int
             seed=seed,
         )
         data = Dataset.from_dict({"input_ids": rows, "labels": rows})
-        SponTrainer(model, arguments, train_dataset=data, processing_class=tokenizer).train()
+        trainer = SponTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
 
 
 def study_table(found: dict[str, Any]) -> str:
