@@ -19,7 +19,8 @@ from .. import allocation, calibration
 from ..cards import adapter_card, merged_card
 from ..config import SponConfig
 from ..environment import environment, environment_text
-from ..evaluation import metrics, study
+from ..evaluation import measure_report, metrics, report_of, study, write_report
+from ..evaluation.measurements import about, versions
 from ..evaluation.speed import decode_sparsity, measure_speed
 from ..merged import SponMergedConfig
 from ..sites import resolve_sites, sites, spon_layers
@@ -347,8 +348,8 @@ def evaluate(
         data: held-out texts, see calibrate --help; of data with splits, the validation or test split.
         adapter: folder or Hub name of an adapter, beside its base as --model.
         sparsity: turn the dial of the adapter to this.
-        out: JSON file for the result.
-        html: page for the result.
+        out: JSON file for the result; peft-spon report --result draws a page of it.
+        html: page of the result.
         max_tokens: tokens to measure on.
         max_length: tokens per block.
         batch_size: blocks at a time.
@@ -378,13 +379,13 @@ def evaluate(
     print(result)
     if layers:
         print(result.layer_table())
-    found = {"command": command, "model": model, "adapter": adapter, "data": data, "evaluation": result}
-    found["environment"] = environment()
+    found = {**report_of(result), "command": command, "versions": versions()}
+    found["model"] = about(loaded, *resolve_sites(loaded, None))
     if out is not None:
         study.write_json(jsonable(found), out)
         print(f"The result is in {out}.")
     if html is not None:
-        result.to_html(html)
+        write_report(found, html)
         print(f"The page is {html}.")
     return found
 
@@ -522,7 +523,7 @@ def report(
         model: folder or Hub name of an adapter, or of a merged model; or of the base of --adapter.
         data: held-out texts, see calibrate --help.
         adapter: folder or Hub name of an adapter, beside its base as --model.
-        result: the JSON of an earlier report, to be drawn again without measuring.
+        result: the JSON of an earlier report or evaluate, to be drawn again without measuring.
         training: a checkpoint or trainer_state.json, for the curves of the training.
         prompts: what the sample continuations begin with. Default beginnings of the data.
         samples: how many sample continuations.
@@ -535,9 +536,6 @@ def report(
         device: where to compute; auto is the accelerator, if there is one.
         force: write over --out.
     """
-    from ..evaluation.measurements import measure_report
-    from ..evaluation.report import write_report
-
     check_new(out, force)
     if (result is None) == (model is None or data is None):
         raise ValueError("Give --model and --data to measure, or --result with the JSON of an earlier report.")

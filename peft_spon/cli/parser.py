@@ -106,10 +106,16 @@ def add_flag(parser: ArgumentParser, name: str, kind: Any, default: Any, text: s
         settings["help"] = f"{settings['help'].removesuffix('.')} (default: {shown})."
     if kind is bool:
         parser.add_argument(flag, **settings, action=ActionYesNo(no_prefix="no-") if default else "store_true")
-    elif typing.get_origin(kind) is list:
-        parser.add_argument(flag, **settings, type=typing.get_args(kind)[0], nargs="+", metavar=metavar(name))
+    elif items := item_type(kind):
+        parser.add_argument(flag, **settings, type=items, nargs="+", metavar=metavar(name))
     else:
         parser.add_argument(flag, **settings, type=kind, metavar=metavar(name, kind))
+
+
+def item_type(kind: Any) -> Any:
+    """`X` of `list[X]` and of `list[X] | None`; None for another type."""
+    lists = [part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is list]
+    return typing.get_args(lists[0])[0] if lists else None
 
 
 def metavar(name: str, kind: Any = None) -> str:
