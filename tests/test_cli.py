@@ -310,6 +310,7 @@ TRAIN = [
 TRAIN += [*SIZE, "--training", json.dumps({"calibration_tokens": 512, "logging_steps": 2})]
 
 
+@pytest.mark.slow
 def test_a_training_that_was_killed_goes_on_to_the_same_anchors(result, call, tmp_path, monkeypatch):
     found = result(*TRAIN, "--model", "llama", "--out", tmp_path / "whole")
     assert found["steps"] == 6
@@ -403,6 +404,7 @@ COMPARE = ["compare", "--model", "llama", "--data", "train.txt", "--eval-tokens"
 COMPARE += ["--allocation-tokens", "64", "--steps", "2", "--criteria", "weighted", "topk", *SIZE]
 
 
+@pytest.mark.slow
 def test_compare_has_a_row_for_every_case_and_goes_on_where_it_was(result, call, tmp_path):
     path = tmp_path / "study.json"
     found = result(*COMPARE, "--out", path, "--figure", tmp_path / "study.svg")

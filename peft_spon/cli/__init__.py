@@ -47,8 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("peft-spon: interrupted", file=sys.stderr)
         return FAILED
-    except BrokenPipeError:
-        raise
     except Exception as error:
         if options["debug"]:
             traceback.print_exc()

@@ -19,6 +19,7 @@ from ..calibration import calibrate
 from ..config import SponConfig
 from ..evaluation import evaluate
 from ..texts import STDLIB, read_divided
+from .fit import as_dataset
 from .models import check_new, load_plain, pick_device
 
 
@@ -69,8 +70,6 @@ def demo(
         short: 20 steps and 16384 held-out tokens, to see that all works.
         force: write over what is in --out.
     """
-    from datasets import Dataset
-
     from ..trainer import SponTrainer
     from ..trainer_config import SponTrainingConfig
 
@@ -113,7 +112,7 @@ def demo(
     # At least four characters go to a token: enough text for the steps, and no more, is tokenised.
     lengths = itertools.accumulate(len(text) for text in train_texts)
     count = sum(1 for length in lengths if length < 8 * steps * batch_size * max_length) + 1
-    rows = Dataset.from_dict({"text": train_texts[:count]})
+    rows = as_dataset(train_texts[:count], "text")
     trainer = SponTrainer(
         model=spon,
         args=SponTrainingConfig(

@@ -4,7 +4,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -18,6 +18,7 @@ from ..merged import METHOD
 from ..sites import spon_layers
 
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "checkpoint"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "checkpoint": "auto"}
 
 

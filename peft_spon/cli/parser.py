@@ -17,22 +17,22 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from .._version import __version__
-from . import commands
+from . import fit, measure, ship
 from .demo import demo
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
-    "calibrate": commands.calibrate,
-    "allocate": commands.allocate,
-    "train": commands.train,
-    "evaluate": commands.evaluate,
-    "compare": commands.compare,
-    "report": commands.report,
-    "merge": commands.merge,
-    "bench": commands.bench,
-    "push": commands.push,
-    "env": commands.env,
+    "calibrate": fit.calibrate,
+    "allocate": fit.allocate,
+    "train": fit.train,
+    "evaluate": measure.evaluate,
+    "compare": measure.compare,
+    "report": measure.report,
+    "merge": ship.merge,
+    "bench": measure.bench,
+    "push": ship.push,
+    "env": ship.env,
 }
 
 ABOUT = """\
