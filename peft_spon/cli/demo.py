@@ -76,7 +76,7 @@ def demo(
     check_new(out, force)
     if short:
         steps, eval_tokens = 20, 16384
-    model = model or (str(TINY_LLAMA) if TINY_LLAMA.exists() else SMALL_ON_HUB)
+    model = model or small_model()
     begun = time.time()
     set_seed(seed)
     prompt = "def __init__(self, name, value):\n" if data == STDLIB else "The history of"
@@ -168,6 +168,13 @@ def demo(
         print(f"\n[dense]\n{generate(spon, tokenizer, prompt)}")
     print(f"\nDone in {time.time() - begun:.0f} s. The adapter is in {out}.")
     return {"out": out, "model": model, "magnitude": magnitude, "uniform": uniform, "evaluation": result}
+
+
+def small_model() -> str:
+    """The Llama of the repository, where this is run or imported in a clone of it, or else a model on the Hub."""
+    clones = Path.cwd(), TINY_LLAMA.parents[1]
+    found = [root / "examples" / "tiny_llama" for root in clones if (root / "examples/tiny_llama/config.json").exists()]
+    return str(found[0]) if found else SMALL_ON_HUB
 
 
 def heading(text: str) -> None:
