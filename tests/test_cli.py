@@ -5,6 +5,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -124,7 +125,7 @@ def test_wrong_usage_exits_with_2_and_a_message(call):
     for arguments, message in [
         ([], "COMMAND|command"),
         (["calibrat"], "calibrat"),
-        (["calibrate", "--model", "llama"], "required: .*data"),
+        (["calibrate", "--model", "llama"], "data.* required|required: .*data"),
         (["calibrate", "--model", "llama", "--data", "train.txt", "--out", "o", "--sparsity", "half"], "sparsity"),
         (["allocate", "--model", "llama", "--data", "train.txt", "--out", "o", "--method", "magic"], "magic"),
         (["env", "--nonsense"], "nonsense"),
@@ -222,6 +223,20 @@ def test_without_the_extra_the_pip_line_is_named(call, monkeypatch):
             code, out, err = call("env")
         assert (code, out) == (1, "")
         assert err == "peft-spon needs jsonargparse: pip install 'peft_spon[cli]'\n"
+
+
+def test_the_commands_of_the_documentation_are_accepted(tmp_path, monkeypatch, capsys):
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(tmp_path)
+    text = "\n".join((root / name).read_text() for name in ("README.md", "docs/command-line.md", "docs/criteria.md"))
+    (tmp_path / "train.yaml").write_text(re.search(r"```yaml\n# train.yaml\n(.*?)```", text, re.S)[1])
+    found = re.findall(r"^(?:\w+=\S+ )?peft-spon (.*?)(?: +#.*)?$", text.replace("\\\n", " "), re.M)
+    assert len(found) > 8
+    for line in found:
+        try:
+            parse(shlex.split(line))
+        except SystemExit as stop:  # --help, --print_config
+            assert stop.code == 0, (line, capsys.readouterr().err)
 
 
 # ---- calibrate, allocate, train ------------------------------------------------------------------------------------

@@ -176,7 +176,8 @@ def compare(
     with tqdm(desc="comparing", total=len(grid), unit=" cases", disable=None) as bar:
 
         def started(case: study.Case, done: int, total: int) -> None:
-            bar.n = bar.initial = max(bar.n, done)
+            if done > bar.n:  # of an earlier call: they say nothing about the time left
+                bar.n = bar.initial = done
             bar.set_postfix_str(f"{case.criterion} at {case.sparsity:.0%}, {case.allocation}, seed {case.seed}")
 
         def finished(rows: list[dict[str, Any]]) -> None:

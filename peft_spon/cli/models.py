@@ -3,6 +3,7 @@
 """Models, adapters and folders by the names that a command line has for them."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,24 +45,34 @@ def base_and_adapter(model: str, adapter: str | None) -> tuple[str, str | None]:
         `OSError`: there is no such folder. `ValueError`: an adapter that does not name its base.
     """
     for name in (model, adapter):
-        if name is not None and not Path(name).exists() and (name.count("/") != 1 or name[0] in "./~"):
+        if name is not None and not Path(name).exists() and not may_be_on_hub(name):
             raise FileNotFoundError(f"There is no folder {name!r}, and it is no model's name on the Hub (owner/name).")
     if adapter is not None or find_adapter_config_file(model) is None:
         return model, adapter
     base = PeftConfig.from_pretrained(model).base_model_name_or_path
     if not base:
         raise ValueError(f"{model} is an adapter that does not name its base model: --model BASE --adapter {model}.")
-    if not Path(base).exists() and base.count("/") != 1:
+    if not Path(base).exists() and not may_be_on_hub(base):
         raise FileNotFoundError(
             f"{model} is an adapter of {base!r}, which is not here: --model BASE --adapter {model}."
         )
     return base, model
 
 
+def may_be_on_hub(name: str) -> bool:
+    """Whether a name is one that models on the Hub have."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
+
+
 def load_plain(name: str, dtype: str = "auto", device: str = "auto", **kwargs: Any) -> nn.Module:
     """A causal language model in evaluation mode; a merged folder is sparse."""
     device = pick_device(device)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=pick_dtype(dtype, device), **kwargs)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=pick_dtype(dtype, device), **kwargs)
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        raise FileNotFoundError(f"There is no folder {name!r}, and from the Hub: {error}") from error
     return model.to(device).eval()
 
 
