@@ -173,10 +173,8 @@ def demo(
 def small_model() -> str:
     """The Llama of the repository, where this is run or imported in a clone of it, or else a model on the Hub."""
     clones = Path.cwd(), TINY_LLAMA.parents[1]
-    found = [
-        root / "examples" / "tiny_llama" for root in clones if (root / "examples/tiny_llama/config.json").exists()
-    ]
-    return str(found[0]) if found else SMALL_ON_HUB
+    folders = [clone / "examples" / "tiny_llama" for clone in clones]
+    return next((str(folder) for folder in folders if (folder / "config.json").exists()), SMALL_ON_HUB)
 
 
 def heading(text: str) -> None:

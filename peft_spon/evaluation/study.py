@@ -345,6 +345,8 @@ def draw_study(found: dict[str, Any], path: str | os.PathLike) -> None:
                     )
         ax.set(xlabel="realised sparsity", ylabel=label, yscale="log")
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        for axis_format in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+            axis_format(lambda value, _: f"{value:g}")
         ax.grid(alpha=0.3)
     handles, labels = axes[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=7)
