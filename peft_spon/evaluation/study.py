@@ -344,7 +344,7 @@ def draw_study(found: dict[str, Any], path: str | os.PathLike) -> None:
                         label=f"{criterion}{' (' + ', '.join(ways) + ')' if ways else ''}" if line else None,
                     )
         ax.set(xlabel="realised sparsity", ylabel=label, yscale="log")
-        ax.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        ax.xaxis.set_major_formatter(lambda value, _: f"{round(100 * value, 2):g}%")
         for axis_format in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
             axis_format(lambda value, _: f"{value:g}")
         ax.grid(alpha=0.3)
