@@ -5,6 +5,7 @@
 import base64
 import copy
 import json
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -13,7 +14,7 @@ from models import GENERATE, MODELS, VOCAB, calibrated, word_tokenizer
 from peft import get_peft_model
 
 from peft_spon import SponConfig, dense_mode, evaluate, every_token_sparse, prepare_for_decode, without_anchors
-from peft_spon.evaluation import measure_report, write_report
+from peft_spon.evaluation import measure_report, measurements, write_report
 from peft_spon.evaluation.measurements import equal_rows
 from peft_spon.evaluation.report import page, places
 from peft_spon.sites import sites, spon_layers
@@ -21,6 +22,15 @@ from peft_spon.sites import sites, spon_layers
 
 ROWS, TOKENS = 8, 24
 HOSTILE = '</title><script>alert("x")</script><img src=http://evil.example/x onerror=alert(1)>\x00&amp;'
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short():
+    """Few tokens where text is generated."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in {"SAMPLE_TOKENS": 12, "SPEED_TOKENS": 4, "SPEED_ROUNDS": 1}.items():
+            patched.setattr(measurements, name, value)
+        yield
 
 
 def batches(rows=ROWS):
@@ -39,7 +49,7 @@ def measured(model, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def full():
+def full(_short):
     """A report with all of its parts, and what it was measured on."""
     model = adapter()
     log = [{"step": i, "kl": 1 / i, "eval_kl": 2 / i, "loss": 1 / i, "grad_norm": 3.0} for i in range(1, 9)]
@@ -174,7 +184,7 @@ def test_scores_are_those_of_evaluate_and_samples_those_of_generate(full):
     for sample in report["samples"]:
         ids = tokenizer(sample["prompt"], return_tensors="pt", return_token_type_ids=False)
         with dense_mode(model):
-            whole = model.generate(**ids, max_new_tokens=64, do_sample=False, pad_token_id=0)
+            whole = model.generate(**ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
         assert sample["dense"] == tokenizer.decode(whole[0, ids["input_ids"].shape[1] :])
         assert sample.keys() == {"prompt", "dense", "sparse", "anchored"}
     assert report["speed"]["dense"]["tokens_per_second"] > 0
@@ -423,3 +433,27 @@ def test_many_blocks_are_drawn_without_numbers():
     assert cells[0]["style"] == "--v:0"
     assert cells[-1]["style"] == "--v:100"
     assert cells[40]["title"] == "up_proj, block 40: 50.0%"
+
+
+def contrast(a, b):
+    """WCAG's contrast ratio of two colours, #rrggbb."""
+
+    def luminance(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_and_lines_stand_out_in_light_and_dark(full):
+    modes = re.findall(r":root \{(.*?)\}", page(full[1]), flags=re.DOTALL)
+    assert len(modes) == 2
+    text = {"ink": ("paper", "panel", "plus", "minus", "mark"), "soft": ("paper", "panel"), "link": ("paper", "panel")}
+    lines = dict.fromkeys(("dense", "sparse", "repaired"), ("panel", "grid"))
+    for mode in modes:
+        colours = dict(re.findall(r"--(\w+): (#\w{6})", mode))
+        for wanted, pairs in ((4.5, text), (3.0, lines)):  # WCAG 2.2, level AA
+            for front, backs in pairs.items():
+                assert all(contrast(colours[front], colours[back]) >= wanted for back in backs), front

@@ -48,6 +48,7 @@ LEVELS = {
     "modes": 2,
     "peft_model": 2,
     "prefill": 2,
+    "results": 2,
     "sites": 2,
     "taking_over": 2,
     "targets": 2,

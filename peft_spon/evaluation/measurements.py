@@ -37,7 +37,7 @@ from .speed import Speed, measure_speed
 
 
 # Tokens on which layers and blocks are looked at: enough for shares, little beside the scores.
-LAYER_TOKENS = 8192
+LAYER_TOKENS = 4096
 BLOCK_TOKENS = 2048
 # How many tokens a batch, or a window of speculative decoding, reads the weights for.
 TOGETHER = (1, 2, 4, 8)

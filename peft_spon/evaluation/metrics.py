@@ -18,10 +18,11 @@ from ..head import BeforeHead
 from ..lora import active_lora, model_inside, repair_lora
 from ..losses import CHUNK_ELEMENTS, Distillation, compare_logits, perplexity
 from ..modes import dense_mode, evaluation_mode, every_token_sparse, without_anchors
+from ..results import remember_results
 from ..sites import resolve_sites
 from ..statistics import Zeros
 from .continuations import Agreement, Prompts, agreement
-from .report import report_of, write_report
+from .report import report_of, results_text, write_report
 
 
 # A chunk's fp32 logits take at most this share of the head's own bytes: several are alive at a time.
@@ -352,7 +353,7 @@ def evaluate(
         )
         for mode, found in tokens.items()
     }
-    return EvaluationResult(
+    result = EvaluationResult(
         dense=scores["dense"],
         sparse=scores["sparse"],
         anchored=scores.get("anchored"),
@@ -361,6 +362,8 @@ def evaluate(
         layer_sparsity=zeros[last].by_layer(),
         by_position=_by_position(tokens[last], tokens["dense"], torch.cat(positions)),
     )
+    remember_results(model, name, results_text(report_of(result)))
+    return result
 
 
 def _chunks(

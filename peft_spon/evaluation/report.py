@@ -13,10 +13,12 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from .._version import __version__
+from ..cards import show_results
 from ..files import written_aside
 from .charts import Line, line_chart
 
@@ -55,7 +57,7 @@ def report_of(result: "EvaluationResult") -> dict[str, Any]:
 
 def write_report(report: dict[str, Any], path: str | os.PathLike) -> None:
     """
-    Write the page of a report.
+    Write the page of a report. A model card of ours in the same folder then shows the results and links the page.
 
     Args:
         report (`dict`): from [`measure_report`] or [`report_of`], or read from a JSON file.
@@ -69,6 +71,40 @@ def write_report(report: dict[str, Any], path: str | os.PathLike) -> None:
     with written_aside(path.parent) as aside:
         (aside / "page").write_text(text, encoding="utf-8")
         os.replace(aside / "page", path)
+    show_results(path.parent, f"{results_text(report)}\n\nMore of it: [the whole report]({quote(path.name)}).")
+
+
+def results_text(report: dict[str, Any]) -> str:
+    """The scores as Markdown, and what was measured how: for a model card."""
+    lines = [
+        "| | KL to dense | top-1 as dense | perplexity | x dense (95 %) | sparsity |",
+        "|---|---|---|---|---|---|",
+    ]
+    for way, score in ways_of(report).items():
+        low, high = score["ratio_interval"]
+        ratio = f"{number(score['perplexity_ratio'])} ({number(low)} to {number(high)})" if way != "dense" else ""
+        cells = [
+            WAYS[way],
+            number(score["kl"], 4),
+            percent(score["top1_agreement"]),
+            number(score["perplexity"]),
+            ratio,
+            percent(score["sparsity"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    data = report["data"]
+    tokens = re.sub(r"[^\w ='.]", "", str(data["sparse_tokens"]))  # of a file, it may be anything
+    lines += [
+        "",
+        f"Measured with `peft_spon.evaluate` on {data['tokens']:,} tokens, {tokens}: KL(dense to sparse) "
+        "in nats per token over the whole vocabulary; share of tokens whose most likely next token is the dense "
+        "model's; perplexity, and its ratio to the dense model's on the same tokens; share of the sparse layers' "
+        "weights that a token does not read.",
+    ]
+    if timed := report.get("speed"):
+        dense, prepared = (number(timed[way]["tokens_per_second"], 1) for way in ("dense", "prepared"))
+        lines += ["", f"Decoding, one sequence: {prepared} tokens per second prepared, {dense} dense."]
+    return "\n".join(lines)
 
 
 def page(report: dict[str, Any]) -> str:
@@ -175,6 +211,10 @@ def signed_percent(value: float) -> str:
 
 def whole_percent(value: float) -> str:
     return f"{value:.0%}"
+
+
+def plain(value: float) -> str:
+    return f"{value:g}"
 
 
 # ---- what the page is made of: dictionaries that the template draws ------------------------------------------------
@@ -506,14 +546,15 @@ def speed(report: dict[str, Any]) -> dict[str, Any] | None:
     rows = [
         [name, number(timed[way]["tokens_per_second"], 1), f"{1e3 / timed[way]['tokens_per_second']:.2f} ms",
          f"{1e3 * timed[way]['prompt_seconds']:.1f} ms"]
-        for way, name in (("dense", "dense"), ("prepared", "sparse, prepare_for_decode"))
+        for way, name in (("dense", "dense"), ("prepared", "prepared"))
     ]  # fmt: skip
     kernels = ", ".join(f"{device}: {name}" for device, name in timed["kernels"].items()) or "no sparse kernel"
     left = "".join(f" {count} as before: {reason}." for reason, count in timed["left"].items())
     return section(
         "Speed",
         f"Greedy generate of {timed['new_tokens']} tokens after {timed['prompt_tokens']}, one sequence, medians of "
-        f"{timed['rounds']} turns. {timed['prepared_layers']} of {timed['layers']} layers skip weights ({kernels})."
+        f"{timed['rounds']} turns. {timed['prepared_layers']} of {timed['layers']} layers skip weights after "
+        f"prepare_for_decode ({kernels})."
         f"{left}",
         table("Speed of decoding", ["", "tokens per second", "per token", "first token"], rows),
     )
@@ -533,7 +574,7 @@ def training(report: dict[str, Any]) -> dict[str, Any] | None:
     return section(
         "Training",
         "",
-        chart("KL to dense, nats per token", "", lines("kl"), "step", short),
+        chart("KL to dense, nats per token", "", lines("kl"), "step", plain),
         chart("Top-1 agreement with dense", "", lines("top1_agreement"), "step"),
     )
 
