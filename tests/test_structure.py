@@ -60,6 +60,7 @@ LEVELS = {
     "evaluation": 4,
     "learning_rates": 4,
     "resume": 4,
+    "serving": 4,
     "trainer": 4,
     "trainer_config": 4,
     "__init__": 5,
