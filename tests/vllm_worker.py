@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One vLLM engine in a process of its own: greedy tokens and log-probabilities of prompts, as JSON.
 
-python tests/vllm_worker.py '{"folder": ..., "out": ..., "prompts": [[token, ...], ...], "tokens": 16, "engine": {}}'
+python tests/vllm_worker.py '{"folder": ..., "out": ..., "prompts": [[5, 6], [7]], "tokens": 16, "at_once": [20, 1]}'
 """
 
 import json
@@ -22,20 +22,22 @@ def main(job):
     llm = LLM(job["folder"], **(settings | job.get("engine", {})))
     greedy = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, logprobs=0)
     lora = LoRARequest("lora", 1, job["lora"]) if "lora" in job else None
-    answers = []
-    at_once = job.get("at_once", len(job["prompts"]))
-    for start in range(0, len(job["prompts"]), at_once):
-        prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"][start : start + at_once]]
-        answers += [result.outputs[0] for result in llm.generate(prompts, greedy, lora_request=lora, use_tqdm=False)]
-    found = {
-        "tokens": [list(answer.token_ids) for answer in answers],
-        "logprobs": [
+    ways = []
+    for at_once in job.get("at_once", [len(job["prompts"])]):
+        answers = []
+        for start in range(0, len(job["prompts"]), at_once):
+            prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"][start : start + at_once]]
+            answers += [
+                result.outputs[0] for result in llm.generate(prompts, greedy, lora_request=lora, use_tqdm=False)
+            ]
+        tokens = [list(answer.token_ids) for answer in answers]
+        logprobs = [
             [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
             for answer in answers
-        ],
-    }
+        ]
+        ways.append({"tokens": tokens, "logprobs": logprobs})
     with open(job["out"], "w") as file:
-        json.dump(found, file)
+        json.dump({"answers": ways}, file)
 
 
 if __name__ == "__main__":
