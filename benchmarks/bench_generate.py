@@ -17,6 +17,7 @@ import copy
 import json
 import platform
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -142,9 +143,13 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cpu-time", action="store_true", help="for busy machines: CPU time, one thread only")
     parser.add_argument("--json", help="write all records there")
     parser.add_argument("--plot", help="draw ratios over batch sizes there (needs matplotlib)")
     arguments = parser.parse_args()
+    now = time.process_time if arguments.cpu_time else time.perf_counter
+    if arguments.cpu_time:
+        arguments.threads = 1
     torch.set_num_threads(arguments.threads)
 
     stock = base_model(arguments)
@@ -158,7 +163,7 @@ def main():
     embedding = stock.get_input_embeddings().weight
     is_tied = stock.get_output_embeddings().weight is embedding
     outside = sum(p.nbytes for p in stock.parameters()) - inside - (0 if is_tied else embedding.nbytes)
-    bandwidth = (read_bandwidth(arguments.threads) or 0) / 1e9 if arguments.device == "cpu" else None
+    bandwidth = (read_bandwidth(arguments.threads, now) or 0) / 1e9 if arguments.device == "cpu" else None
     print(f"{inside / 1e6:.0f} MB in sparse layers, {outside / 1e6:.0f} MB in others, {arguments.dtype}, ", end="")
     print(f"{arguments.threads} threads" + (f", memory read at {bandwidth:.1f} GB/s" if bandwidth else ""))
 
@@ -174,7 +179,7 @@ def main():
     print("rows          ms/token  tokens/s  GB/s   zeros  vs stock  vs own dense  limit   prompt ms")
     for rows in arguments.rows:
         models = {"stock": lambda: stock, "own dense": lambda: dense, **{n: at(s) for n, s in names.items()}}
-        speeds = measure_speed(models, prompts[:rows], arguments.tokens, arguments.rounds)
+        speeds = measure_speed(models, prompts[:rows], arguments.tokens, arguments.rounds, now)
         for name, speed in speeds.items():
             sparsity = names.get(name, 0.0)
             zeros = realised(at(sparsity)(), prompts[:rows]) if sparsity else 0.0

@@ -4,7 +4,7 @@
 # /// script
 # dependencies = ["peft_spon[train]"]
 # ///
-"""Make a model sparse and train its anchors: any Hub model, any TRL data set.
+"""Make a model sparse, spread the sparsity over its layers, train its anchors: any Hub model, any TRL data set.
 
     python examples/distill.py --config examples/configs/tiny_llama.yaml
     python examples/distill.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --dataset_name Salesforce/wikitext \
@@ -25,7 +25,7 @@ from stdlib_data import stdlib_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
 
-from peft_spon import SponConfig, SponTrainer, SponTrainingConfig
+from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, allocate
 
 
 @dataclass
@@ -40,6 +40,13 @@ class SponArguments:
         default=None, metadata={"help": "Names of the layers that carry an anchor. Default: all."}
     )
     exclude_modules: list[str] | None = field(default=None, metadata={"help": "Names of layers to leave dense."})
+    allocation: str = field(
+        default="kl",
+        metadata={
+            "help": "How the sparsity is spread over the layers of a new adapter before training: kl, greedy (TEAL's) "
+            "or uniform."
+        },
+    )
     adapter: str | None = field(
         default=None, metadata={"help": "A trained SPON adapter to go on from; the fields above are then its own."}
     )
@@ -90,6 +97,18 @@ def main(script: ScriptArguments, training: SponTrainingConfig, model_args: Mode
         eval_dataset=held_out if training.eval_strategy != "no" else None,
         processing_class=tokenizer,
     )
+    if not spon.adapter and spon.allocation != "uniform":
+        allocation = allocate(
+            trainer.model,
+            data[script.dataset_train_split],
+            tokenizer,
+            method=spon.allocation,
+            max_length=training.max_length or 1024,
+            calibration_tokens=training.calibration_tokens,
+            text_column=training.dataset_text_field,
+        )
+        if trainer.is_world_process_zero():
+            print(allocation)
     output = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
     trainer.create_model_card()

@@ -4,7 +4,7 @@
 # /// script
 # dependencies = ["peft_spon[train]"]
 # ///
-"""The whole job on a real model: make it sparse, see the damage, repair it with anchors, save, load, generate.
+"""The whole job on a real model: make it sparse, spread the sparsity, train the anchors, save, load, generate.
 
     python examples/quickstart.py                  # the embedded 5 M Llama, about 3 minutes on 2 cores
     python examples/quickstart.py --short          # the same with few steps, for a first look
@@ -33,7 +33,7 @@ from stdlib_data import stdlib_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging as transformers_logging
 
-from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, calibrate, evaluate
+from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, allocate, calibrate, evaluate
 
 
 HERE = Path(__file__).resolve().parent
@@ -55,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/quickstart"), help="where the adapter is saved")
     parser.add_argument("--short", action="store_true", help="few steps and little text, to see that all works")
-    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)  # the new process of step 6
+    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)  # the new process of step 7
     args = parser.parse_args()
     if args.short:
         args.steps, args.eval_tokens = 20, 16384
@@ -137,7 +137,7 @@ def main() -> None:
     heading(f"2. Sparsify to {args.sparsity:.0%} and calibrate")
     model = get_peft_model(base, SponConfig(sparsity=args.sparsity, task_type="CAUSAL_LM"))
     model.print_trainable_parameters()
-    print(calibrate(model, train_texts, tokenizer, max_tokens=65536, **size))
+    print(calibrate(model, train_texts, tokenizer, max_tokens=8192, **size))
 
     heading("3. Plain magnitude sparsity, for comparison: what there is to repair")
     model.add_adapter("magnitude", SponConfig(sparsity=args.sparsity, criterion="magnitude", anchor_modules=[]))
@@ -148,7 +148,11 @@ def main() -> None:
     model.delete_adapter("magnitude")
     model.set_adapter("default")
 
-    heading(f"4. Train the anchors: {args.steps} steps of {args.batch} x {args.block} tokens")
+    heading("4. Spread the sparsity: more where it costs little, less where it costs much")
+    uniform = evaluate(model, held_out, tokenizer, max_tokens=args.eval_tokens, **size).sparse
+    print(allocate(model, train_texts, tokenizer, max_length=args.block))
+
+    heading(f"5. Train the anchors: {args.steps} steps of {args.batch} x {args.block} tokens")
     # At least four characters go to a token: enough text for the steps, and no more, is tokenised.
     lengths = itertools.accumulate(len(text) for text in train_texts)
     count = sum(1 for length in lengths if length < 8 * args.steps * args.batch * args.block) + 1
@@ -174,9 +178,13 @@ def main() -> None:
     )
     trainer.train()
 
-    heading("5. Dense, sparse, sparse with anchors, on held-out text")
+    heading("6. Dense, sparse, sparse with anchors, on held-out text")
     result = evaluate(model, held_out, tokenizer, max_tokens=args.eval_tokens, **size)
     print(result)
+    print(
+        f"KL to dense: magnitude sparsity {magnitude.sparse.kl:.4f}, weighted {uniform.kl:.4f}, allocated "
+        f"{result.sparse.kl:.4f}, with anchors {result.anchored.kl:.4f}."
+    )
     damage = magnitude.sparse.perplexity - magnitude.dense.perplexity
     removed = (magnitude.sparse.perplexity - result.anchored.perplexity) / damage
     print(
@@ -184,7 +192,7 @@ def main() -> None:
         f"{result.anchored.perplexity:.3f}: {removed:.0%} of magnitude's damage is gone."
     )
 
-    heading("6. Save, and load into a fresh base in a new process")
+    heading("7. Save, and load into a fresh base in a new process")
     model.save_pretrained(args.out)
     files = {path.name: path.stat().st_size for path in sorted(args.out.glob("adapter*"))}
     print(f"saved {args.out}: " + ", ".join(f"{name} {size / 1000:.0f} kB" for name, size in files.items()))
@@ -196,7 +204,7 @@ def main() -> None:
     if not torch.equal(here, there):
         sys.exit(f"The reloaded model differs by up to {(here - there).abs().max():.2e}.")
 
-    heading("7. Generate")
+    heading("8. Generate")
     print(f"[sparse + anchors]\n{generate(model, tokenizer, prompt)}")
     with model.disable_adapter():
         print(f"\n[dense]\n{generate(model, tokenizer, prompt)}")

@@ -31,7 +31,7 @@ from stdlib_data import stdlib_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging as transformers_logging
 
-from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, calibrate, evaluate
+from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, allocate, calibrate, evaluate
 from peft_spon.data import iter_batches
 
 
@@ -41,6 +41,8 @@ BLOCK = 256
 # Name: (SponConfig fields, SponTrainingConfig fields) that differ from the default.
 VARIANTS = {
     "default": ({}, {}),
+    "every layer alike": ({}, {}),
+    "greedy allocation": ({}, {}),
     "no gain": ({"gain": False}, {}),
     "4 recalibrations": ({}, {"recalibrations": 4}),
     "no gain, 4 recalibrations": ({"gain": False}, {"recalibrations": 4}),
@@ -54,12 +56,14 @@ VARIANTS = {
         {},
         {"relative_learning_rate": False, "learning_rate": 1e-3, "gain_learning_rate": 1e-3},
     ),
-    "learning rates / 3": ({}, {"learning_rate": 0.033, "gain_learning_rate": 0.008}),
-    "learning rates x 3": ({}, {"learning_rate": 0.3, "gain_learning_rate": 0.075}),
+    "learning rates / 3": ({}, {"learning_rate": 0.067, "gain_learning_rate": 0.0033}),
+    "learning rates x 3": ({}, {"learning_rate": 0.6, "gain_learning_rate": 0.03}),
     "cosine schedule": ({}, {"lr_scheduler_type": "cosine"}),
-    "10 % warm-up": ({}, {"warmup_steps": 0.1}),
+    "no warm-up": ({}, {"warmup_share": 0.0}),
     "temperature 2": ({}, {"temperature": 2.0}),
 }
+# How the sparsity is spread over the layers before the training; by default "kl".
+METHODS = {"every layer alike": "uniform", "greedy allocation": "greedy", "published": "uniform"}
 STUDIES = {"main": ["default", "published"], "variants": list(VARIANTS)}
 
 
@@ -108,6 +112,7 @@ def magnitude(base, sparsity: float, train: list[dict], held_out: list[dict]) ->
         name = "refitted" if on_sparse else "magnitude"
         found[name] = result.sparse.perplexity
         found[f"{name}_sparsity"] = result.sparse.sparsity
+        found[f"{name}_kl"], found[f"{name}_top1"] = result.sparse.kl, result.sparse.top1_agreement
     return {"recipe": "none", "seed": 0, "dense": result.dense.perplexity, **found}
 
 
@@ -134,10 +139,14 @@ def train(base, tokenizer, recipe: str, sparsity: float, seed: int, texts: list[
         config = SponConfig(sparsity=sparsity, **fields)
         training = SponTrainingConfig("out/study", **{**common, **dials})
     model = get_peft_model(copy.deepcopy(base), config)
+    data = Dataset.from_dict({"input_ids": rows.tolist(), "labels": rows.tolist()})
+    method = METHODS.get(recipe, "kl")
+    if method != "uniform":
+        allocate(model, data, method=method, max_length=length, progress=False)
     trainer = SponTrainer(
         model,
         training,
-        train_dataset=Dataset.from_dict({"input_ids": rows.tolist(), "labels": rows.tolist()}),
+        train_dataset=data,
         processing_class=tokenizer,
     )
     begun = time.time()
@@ -150,7 +159,9 @@ def train(base, tokenizer, recipe: str, sparsity: float, seed: int, texts: list[
         "tokens": args.steps * length * batch,
         "sparse": result.sparse.perplexity,
         "anchored": result.anchored.perplexity,
+        "sparse_kl": result.sparse.kl,
         "kl": result.anchored.kl,
+        "top1": result.anchored.top1_agreement,
         "realised": result.anchored.sparsity,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seconds": round(seconds),
@@ -160,15 +171,17 @@ def train(base, tokenizer, recipe: str, sparsity: float, seed: int, texts: list[
 def table(results: list[dict], recipes: list[str], sparsities: list[float]) -> str:
     """Markdown: one line per sparsity and recipe, means over seeds with the range of the share."""
     lines = [
-        "| sparsity | recipe | realised | perplexity | share of the damage removed | of refitted's | seeds |",
-        "|---|---|---|---|---|---|---|",
+        "| sparsity | recipe | realised | KL before and after training | top-1 as dense | perplexity | share of the "
+        "damage removed | of refitted's | seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for sparsity in sparsities:
         plain = next(r for r in results if r["sparsity"] == sparsity and r["recipe"] == "none")
-        lines.append(f"| {sparsity:.0%} | dense | 0.0 % | {plain['dense']:.3f} | | | |")
+        lines.append(f"| {sparsity:.0%} | dense | 0.0 % | | | {plain['dense']:.3f} | | | |")
         for name, label in (("magnitude", "magnitude"), ("refitted", "magnitude, refitted thresholds")):
-            realised = plain[f"{name}_sparsity"]
-            lines.append(f"| {sparsity:.0%} | {label} | {realised:.1%} | {plain[name]:.3f} | | | |")
+            realised, kl, top1 = (plain[f"{name}_{what}"] for what in ("sparsity", "kl", "top1"))
+            row = f"| {sparsity:.0%} | {label} | {realised:.1%} | {kl:.3f} | {top1:.1%} | {plain[name]:.3f} | | | |"
+            lines.append(row)
         for recipe in recipes:
             runs = [r for r in results if r["sparsity"] == sparsity and r["recipe"] == recipe]
             if not runs:
@@ -178,6 +191,8 @@ def table(results: list[dict], recipes: list[str], sparsities: list[float]) -> s
             spread = "" if len(runs) == 1 else f" ({min(shares):.1%} to {max(shares):.1%})"
             lines.append(
                 f"| {sparsity:.0%} | {recipe} | {statistics.mean(r['realised'] for r in runs):.1%} "
+                f"| {statistics.mean(r['sparse_kl'] for r in runs):.3f}, {statistics.mean(r['kl'] for r in runs):.3f} "
+                f"| {statistics.mean(r['top1'] for r in runs):.1%} "
                 f"| {statistics.mean(r['anchored'] for r in runs):.3f} | {statistics.mean(shares):.1%}{spread} "
                 f"| {against:.1%} | {len(runs)} |"
             )

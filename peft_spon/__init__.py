@@ -8,17 +8,20 @@ Importing this package registers SPON with PEFT.
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .allocation import Allocation, allocate
 from .calibration import CalibrationResult, calibrate
 from .config import SponConfig
 from .criteria import CRITERIA, Criterion, register_criterion
 from .decode import DecodeSummary, prepare_for_decode, restore_from_decode
 from .evaluation import EvaluationResult, evaluate
-from .layer import SponLayer, SponLinear
+from .layer import SponLayer
+from .linear import SponLinear
 from .lora import add_lora, save_lora, set_trainable, without_lora
 from .lora_files import load_with_lora
 from .model import SponModel, set_sparsity
 from .modes import dense_mode, every_token_sparse, without_anchors
 from .register import register
+from .sampling import sample_texts
 
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ register()
 
 __all__ = [
     "CRITERIA",
+    "Allocation",
     "CalibrationResult",
     "Criterion",
     "DecodeSummary",
@@ -40,6 +44,7 @@ __all__ = [
     "SponTrainingConfig",
     "__version__",
     "add_lora",
+    "allocate",
     "calibrate",
     "dense_mode",
     "evaluate",
@@ -48,6 +53,7 @@ __all__ = [
     "prepare_for_decode",
     "register_criterion",
     "restore_from_decode",
+    "sample_texts",
     "save_lora",
     "set_sparsity",
     "set_trainable",

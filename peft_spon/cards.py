@@ -18,6 +18,7 @@ from torch import nn
 
 from ._version import __version__
 from .files import written_aside
+from .repair import REPAIR_LORA
 
 
 PAPER = "[Resting Neurons, Active Insights](https://arxiv.org/abs/2512.12744)"
@@ -55,6 +56,7 @@ def adapter_card(
     if config.task_type is None and (auto_mapping or {}).get("parent_library", "").startswith("transformers."):
         base_class = class_name(auto_mapping["base_model_class"], base_class)
     where = quoted(name or Path(folder).resolve().name) + (f", subfolder={quoted(subfolder)}" if subfolder else "")
+    importing, loading = loading_lines(config)
     text = f"""\
         # SPON adapter for {base}
 
@@ -65,17 +67,25 @@ def adapter_card(
         ```python
         # pip install peft_spon
         import peft_spon  # registers SPON with PEFT
-        from peft import PeftModel
+        {importing}
         from transformers import {base_class}
 
         base = {base_class}.from_pretrained({quoted(base)})
-        model = PeftModel.from_pretrained(base, {where})  # this folder, or its name on the Hub
+        model = {loading}(base, {where})  # this folder, or its name on the Hub
         # model.set_sparsity(0.6)  # the dial: another sparsity needs no data
         ```
         """
     if config.task_type == "CAUSAL_LM":
         card.data.pipeline_tag = "text-generation"
     _save(card, folder, text, "peft", config.base_model_name_or_path)
+
+
+def loading_lines(config: Any) -> tuple[str, str]:
+    """What a program imports to load a SPON adapter, and what it calls: with a repair LoRA, both come along."""
+    loras = config._lora_checksums or (config.checksums or {}).get("loras") or {}
+    if REPAIR_LORA in loras:
+        return "from peft_spon import load_with_lora", "load_with_lora"
+    return "from peft import PeftModel", "PeftModel.from_pretrained"
 
 
 def lora_card(folder: str | os.PathLike, config: Any, spon: Any, name: str | None = None) -> None:
@@ -156,17 +166,18 @@ def trainer_card(folder: str | os.PathLike, config: Any, base: str | None, name:
         f"A SPON adapter for `{base}`: {config.sparsity:.0%} of the inputs of its linear layers are zeroed at "
         f"every token (criterion `{config.criterion}`), and trained anchors repair the damage.\n"
     )
+    importing, loading = loading_lines(config)
     quick_start = textwrap.dedent(
         f"""\
         ## Quick start
 
         ```python
         import peft_spon  # registers SPON with PEFT
-        from peft import PeftModel
+        {importing}
         from transformers import AutoModelForCausalLM
 
         base = AutoModelForCausalLM.from_pretrained({quoted(base)})
-        model = PeftModel.from_pretrained(base, {quoted(name)})
+        model = {loading}(base, {quoted(name)})
         ```
 
         """

@@ -4,23 +4,24 @@
 
 import json
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import file_exists, try_to_load_from_cache
-from huggingface_hub.constants import HF_HUB_OFFLINE
 from packaging.version import InvalidVersion, Version
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from transformers.utils.hub import has_file
 
 from ._version import __version__
+from .budget import check_allocation
 from .cards import adapter_card
 from .checksums import fields_checksum, tensors_checksum
-from .criteria import CRITERIA, Criterion
-from .files import written_aside
+from .criteria import Criterion, make_criterion
+from .files import header_problem, written_aside
 from .patterns import check_pattern, check_speed
 
 
@@ -103,6 +104,9 @@ class SponConfig(PeftConfig):
         calibrated (`bool`, *optional*, defaults to `False`):
             Written by `calibrate`: thresholds are stored with the adapter. Until then layers keep each token's k best
             entries by the criterion's own score.
+        allocation (`dict[str, Any]`, *optional*):
+            Written by `allocate`: how much each layer suffers at which sparsity, so that `set_sparsity` can split
+            another budget. What the layers have now is in `sparsity_pattern`.
         peft_spon_version (`str`, *optional*):
             Version of peft_spon that wrote the adapter; filled in by itself.
         checksums (`dict[str, Any]`, *optional*):
@@ -172,6 +176,10 @@ class SponConfig(PeftConfig):
     calibrated: bool = field(
         default=False, metadata={"help": "Written by `calibrate`: thresholds are stored with the adapter."}
     )
+    allocation: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Written by `allocate`: how much each layer suffers at which sparsity."},
+    )
     peft_spon_version: str | None = field(
         default=None, metadata={"help": "Version of peft_spon that wrote the adapter; filled in by itself."}
     )
@@ -186,7 +194,6 @@ class SponConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
-
         if isinstance(self.modules_to_save, (set, tuple)):
             self.modules_to_save = sorted(self.modules_to_save)  # in JSON, a set would have any order
         self._is_saved = self.peft_spon_version is not None  # read from a file
@@ -195,7 +202,9 @@ class SponConfig(PeftConfig):
         check_version(self.peft_spon_version, "peft_spon_version")
         self._check_fields()
         check_sparsity(self.sparsity, self.sparsity_pattern)
-        for what, (pattern, _) in self._regular_expressions().items():
+        check_allocation(self.allocation)
+        expressions = self._regular_expressions()
+        for what, (pattern, _) in expressions.items():
             check_pattern(what, pattern)
         self.make_criterion()
         if self.anchor_space not in ANCHOR_SPACES:
@@ -206,16 +215,14 @@ class SponConfig(PeftConfig):
                 f"layers_pattern is {self.layers_pattern!r} but layers_to_transform is not set; name the blocks to "
                 "sparsify in layers_to_transform, or drop layers_pattern."
             )
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            if self.layers_to_transform is not None:
-                raise ValueError(
-                    f"layers_to_transform is {self.layers_to_transform!r} but target_modules is the regular "
-                    f"expression {self.target_modules!r}, which already decides; put the block index into it."
-                )
+        if self.layers_to_transform is not None and "target_modules" in expressions:
+            raise ValueError(
+                f"layers_to_transform is {self.layers_to_transform!r} but target_modules is the regular "
+                f"expression {self.target_modules!r}, which already decides; put the block index into it."
+            )
         if not isinstance(self.calibrated, bool):
             raise ValueError(f"calibrated is {self.calibrated!r}; it is True or False and written by calibrate().")
-        # Of the tensors that are about to be saved with this configuration, and the modules_to_save among them; see
-        # SponModel.
+        # Of the tensors to be saved with this configuration, and the modules_to_save among them; see SponModel.
         self._tensors_checksums: dict[str, str | None] = {}
         self._module_names: set[str] = set()
         # Of a load, see load_adapter: whether modules_to_save must have the shapes that they have in the model.
@@ -239,10 +246,9 @@ class SponConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's, with checksums and a model card, written aside and moved into place."""
         self.peft_spon_version = __version__
-        tensors = {**self._tensors_checksums, "embeddings": self._embeddings_checksum(Path(save_directory))}
-        tensors["loras"] = self._lora_checksums
-        known = {name: value for name, value in tensors.items() if value is not None}
-        self.checksums = {"fields": self._fields_checksum(), **known}
+        checksums = {"fields": self._fields_checksum(), **self._tensors_checksums, "loras": self._lora_checksums}
+        checksums["embeddings"] = self._embeddings_checksum(Path(save_directory))
+        self.checksums = {name: value for name, value in checksums.items() if value is not None}
         with written_aside(save_directory) as aside:
             super().save_pretrained(str(aside), **kwargs)
             os.replace(aside / CONFIG_NAME, Path(save_directory, CONFIG_NAME))
@@ -324,30 +330,16 @@ class SponConfig(PeftConfig):
                 raise ValueError(f"{error}: {error.__cause__}") from error.__cause__
             raise
         prefix = f"{subfolder}/" if subfolder else ""
-        is_local = Path(pretrained_model_name_or_path).is_dir()
-
-        def exists(name: str) -> bool:
-            if is_local:
-                return Path(pretrained_model_name_or_path, prefix + name).is_file()
-            is_offline = HF_HUB_OFFLINE or kwargs.get("local_files_only")
-            known = ("revision", "cache_dir") if is_offline else ("revision", "token")
-            where = {key: kwargs[key] for key in known if key in kwargs}
-            if is_offline:
-                return isinstance(try_to_load_from_cache(pretrained_model_name_or_path, prefix + name, **where), str)
-            return file_exists(pretrained_model_name_or_path, prefix + name, **where)
-
-        if exists(WEIGHTS_NAME) and not exists(SAFETENSORS_WEIGHTS_NAME):
+        where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+        exists = partial(has_file, pretrained_model_name_or_path, **where)
+        if exists(prefix + WEIGHTS_NAME) and not exists(prefix + SAFETENSORS_WEIGHTS_NAME):
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds its weights as {WEIGHTS_NAME}, a pickle, and SPON adapters "
                 f"load from safetensors only; ask its author to save it again, as {SAFETENSORS_WEIGHTS_NAME}."
             )
         weights = Path(pretrained_model_name_or_path, prefix + SAFETENSORS_WEIGHTS_NAME)
-        if is_local and weights.is_file():
-            try:
-                with safe_open(weights, framework="pt"):
-                    pass
-            except SafetensorError as error:
-                raise ValueError(f"{weights} is damaged or incomplete ({error}); save the adapter again.") from None
+        if weights.is_file() and (problem := header_problem(weights)):
+            raise ValueError(f"{problem}; save the adapter again.")
         return config
 
     @classmethod
@@ -362,11 +354,7 @@ class SponConfig(PeftConfig):
         return found
 
     def make_criterion(self) -> Criterion:
-        """The criterion object that `criterion` and `criterion_kwargs` describe.
-
-        Raises:
-            `ValueError`: unknown criterion, or a dial that it does not have.
-        """
+        """The criterion that `criterion` and `criterion_kwargs` describe. Raises `ValueError` for unknown ones."""
         return make_criterion(self.criterion, self.criterion_kwargs)
 
 
@@ -382,30 +370,6 @@ def adapter_card_for_hub(folder: str, name: str) -> None:
     config = PeftConfig.from_pretrained(folder, subfolder=subfolder) if paths else None
     if isinstance(config, SponConfig):
         adapter_card(folder, config, config.auto_mapping, name, subfolder)
-
-
-def make_criterion(name: str, dials: dict[str, Any]) -> Criterion:
-    """A criterion from its name and dials.
-
-    Raises:
-        `ValueError`: unknown criterion, or a dial that it does not have.
-    """
-    if not isinstance(name, str) or name not in CRITERIA:
-        raise ValueError(
-            f"criterion is {name!r}; use one of {', '.join(CRITERIA)}. (One from another package has to be registered "
-            "first: import that package.)"
-        )
-    cls = CRITERIA[name]
-    if not isinstance(dials, dict):
-        raise ValueError(f"criterion_kwargs is {dials!r}; use a dictionary of dials.")
-    known = {f.name for f in fields(cls)}
-    unknown = set(dials) - known
-    if unknown:
-        raise ValueError(
-            f"criterion_kwargs has {sorted(unknown)} but the dials of criterion {name!r} are "
-            f"{sorted(known) or 'none'}; drop or rename them."
-        )
-    return cls(**dials)
 
 
 def check_version(version: str, where: str) -> None:

@@ -118,7 +118,7 @@ def check_sizes(**sizes: int | None) -> None:
     for name, value in sizes.items():
         is_whole = isinstance(value, Integral) and not isinstance(value, bool)
         if not (is_whole and value >= 1) and not (name == "max_tokens" and value is None):
-            example = {"batch_size": 8, "max_length": 512}.get(name, 65536)
+            example = {"batch_size": 8, "max_length": 512, "tokens": 512, "n": 256}.get(name, 65536)
             raise ValueError(f"{name} is {value!r}; use a whole number above 0, for example {example}.")
 
 
@@ -286,12 +286,21 @@ def tokens_of(item: Any, tokenizer: Any, text_column: str) -> list[int]:
         )
     check_given(tokenizer)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
-    ids = tokenizer(item, add_special_tokens=False, verbose=False)["input_ids"]
-    opening = tokenizer("")["input_ids"][:1]  # what models of the tokenizer have seen at the start of every text
-    if opening and opening[0] == tokenizer.bos_token_id:
-        ids = opening + ids
+    ids = opened(tokenizer(item, add_special_tokens=False, verbose=False)["input_ids"], tokenizer)
     is_closed = tokenizer.eos_token_id is None or (len(ids) > 0 and ids[-1] == tokenizer.eos_token_id)
     return ids if is_closed else ids + [tokenizer.eos_token_id]
+
+
+def opened(ids: list[int], tokenizer: Any) -> list[int]:
+    """Token ids of a text behind the beginning-of-text token, where the tokenizer adds one."""
+    opening = tokenizer("")["input_ids"][:1]  # what models of the tokenizer have seen at the start of every text
+    return opening + ids if opening and opening[0] == tokenizer.bos_token_id else ids
+
+
+def conversation_prompt(messages: list[Mapping[str, Any]], tokenizer: Any) -> list[int]:
+    """Token ids of messages by the chat template, and of what opens the answer to them."""
+    row = {"chat_template_kwargs": {"add_generation_prompt": True}}
+    return conversation_tokens(row, messages, tokenizer)
 
 
 def conversation_tokens(row: Mapping[str, Any], messages: list[Mapping[str, Any]], tokenizer: Any) -> list[int]:

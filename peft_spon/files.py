@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+from safetensors import SafetensorError, safe_open
 
 
 PREFIX = ".spon-saving-"
@@ -76,3 +77,12 @@ def move_into_place(
     for name in sorted(new, key=lambda name: (name.name == last, name.suffix != ".safetensors", str(name))):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(aside / name, folder / name)
+
+
+def header_problem(path: str | os.PathLike) -> str | None:
+    """What is wrong with a file that is no safetensors file, or is cut off; its tensors are not read. Or None."""
+    try:
+        with safe_open(path, framework="pt"):
+            return None
+    except SafetensorError as error:
+        return f"{path} is damaged or incomplete ({error})"

@@ -25,14 +25,14 @@ def parameter_groups(
 
     Args:
         model (`torch.nn.Module`): a model with a SPON adapter.
-        learning_rate (`float`): of the anchors, relative to the root mean square of what S removes from their layer.
+        learning_rate (`float`): of the anchors, relative to the mean of what S removes from their layer.
         gain_learning_rate (`float`): of the gains, where S removes much.
         removed (`dict[str, Removed]`): by layer name; without it both are absolute.
     """
     layers = spon_layers(model)
     groups = []
     for name, layer in layers.items():
-        rate = learning_rate * (removed[name].rms if name in removed else 1.0)
+        rate = learning_rate * (removed[name].mean if name in removed else 1.0)
         groups += [{"params": [parameter], "lr": rate} for parameter in layer.spon_anchor.values()]
     gains = [gain for layer in layers.values() for gain in layer.spon_gain.values()]
     groups.append({"params": gains, "lr": gain_learning_rate * gain_scale(removed)})
@@ -41,6 +41,14 @@ def parameter_groups(
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
     return [group for group in groups if group["params"]]
+
+
+def lora_apart(groups: list[dict[str, Any]], lora: list[nn.Parameter], rate: float) -> list[dict[str, Any]]:
+    """The groups without the parameters of a repair LoRA, which get a group of their own, with its learning rate."""
+    trained = [parameter for parameter in lora if parameter.requires_grad]
+    own = set(trained)
+    rest = [{**group, "params": [p for p in group["params"] if p not in own]} for group in groups]
+    return [group for group in [*rest, {"params": trained, "lr": rate}] if group["params"]]
 
 
 def gain_scale(removed: dict[str, Removed]) -> float:

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AuxiliaryTrainingWrapper
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .checksums import tensors_checksum
 from .config import SponConfig
 from .criteria import Spec
+from .files import header_problem
 from .layer import SponLayer
 from .sites import plain_name, spon_layers
 
@@ -159,11 +159,8 @@ def find_file_problem(folder: Path) -> str | None:
         if (folder / WEIGHTS_NAME).is_file():
             return None
         return f"'{folder}' has no {SAFETENSORS_WEIGHTS_NAME}: its saving or download was interrupted. Do it again."
-    try:
-        with safe_open(weights, framework="pt"):
-            return None
-    except SafetensorError as error:
-        return f"{weights} is damaged or incomplete ({error}); save the adapter again."
+    problem = header_problem(weights)
+    return problem and f"{problem}; save the adapter again."
 
 
 def find_problem(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> str | None:

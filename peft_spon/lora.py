@@ -6,6 +6,9 @@ LoRA lies beneath, SPON outermost, whichever came first: LoRA sees the sparse in
 outside would see the raw x, and W S(x) + B A x is no linear layer with a sparse input.) `get_peft_model` of SPON over
 a LoRA model takes that model's LoRA over; [`add_lora`] slides a LoRA beneath the SPON that is there. In the resulting
 `PeftModel` both adapters have their names, SPON's by default `"default"` and LoRA's `"task"`.
+
+A LoRA named `"spon-repair"` is a part of SPON's repair: `SponTrainer` trains it with the anchors so that the sparse
+model predicts what the dense one *without* it does. It stays active beside whatever other LoRA is.
 """
 
 import copy
@@ -30,6 +33,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ._peft import cast_adapter_dtype, delete_adapter, set_adapter, set_auxiliary_adapter, set_requires_grad
 from .base_layer import is_linear
@@ -37,7 +41,8 @@ from .cards import lora_card
 from .config import SponConfig, SponPeftType
 from .files import move_into_place, written_aside
 from .layer import SponLayer
-from .modes import switched_off
+from .modes import only_active, switched_off
+from .repair import REPAIR_LORA
 from .sites import outer_modules, plain_name, spon_layers
 from .sparse_linear import SparseMixin
 
@@ -93,6 +98,11 @@ def active_lora(model: nn.Module) -> list[str]:
     """Names of the LoRA adapters that take part in the forward."""
     layers = [layer for layer in lora_layers(model) if layer.r]
     return list(layers[0].active_adapters) if layers else []
+
+
+def task_loras(names: list[str]) -> list[str]:
+    """Of some LoRAs those that are no part of SPON's repair."""
+    return [name for name in names if name != REPAIR_LORA]
 
 
 # ---- SPON over a LoRA model --------------------------------------------------------------------------------------
@@ -290,7 +300,8 @@ def add_lora(
     """
     Put a LoRA beneath the SPON of a model, in place: y = (W + B A) (S(x) + anchor) + b.
 
-    The new LoRA becomes the active one; further ones stay, and `model.set_adapter(name)` switches between them.
+    The new LoRA becomes the active one; further ones stay, and `model.set_adapter(name)` switches between them. One
+    named `"spon-repair"` is a part of SPON's repair: it is trained with the anchors, and active beside another LoRA.
     `model.save_pretrained(folder)` writes the SPON adapter into `folder` and each LoRA into `folder/name`, both as if
     the other were not there: either loads alone onto the plain base, and PEFT without peft_spon loads the LoRA.
 
@@ -335,6 +346,7 @@ def add_lora(
     # PEFT fills in what it finds; the user's object stays as it is.
     config = copy.copy(config)
     config.base_model_name_or_path = vars(inner).get("name_or_path") or config.base_model_name_or_path
+    active = active_lora(inner)
     with restored_on_error(model, moves_weights(config)):
         with spon_taken_out(inner), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
@@ -349,9 +361,61 @@ def add_lora(
         cast_adapter_dtype(inner, adapter_name)
         for layer in lora_layers(inner):
             layer.train(inner.training)
-        set_auxiliary_adapter(inner, [*model.base_model.active_adapters, adapter_name])
-        set_trainable(model, trainable)
+        names = [*active, adapter_name] if adapter_name == REPAIR_LORA else [adapter_name, *repair_lora(active)]
+        set_adapter(inner, names, layer_cls=LoraLayer)
+        set_auxiliary_adapter(inner, [*model.base_model.active_adapters, *names])
+        if adapter_name == REPAIR_LORA:
+            apply_trainable(model, "anchors" if trainable == "lora" else trainable)
+        else:
+            set_trainable(model, trainable)
     return model
+
+
+def repair_lora(names: list[str]) -> list[str]:
+    """Of some LoRAs the one that is part of SPON's repair, if it is among them."""
+    return [name for name in names if name == REPAIR_LORA]
+
+
+def add_repair_lora(model: PeftModel, rank: int) -> None:
+    """
+    Put a LoRA that is part of the repair beneath all SPON layers, or leave the one that is there.
+
+    It changes nothing until it is trained (B is zero), by `SponTrainer`, with the anchors.
+
+    Args:
+        model (`PeftModel`): a model with a SPON adapter.
+        rank (`int`): of the LoRA, and its alpha.
+
+    Raises:
+        `ValueError`: there is one of another rank; and as [`add_lora`].
+    """
+    there = model.peft_config.get(REPAIR_LORA)
+    if there is not None and there.r != rank:
+        raise ValueError(
+            f"The model has a repair LoRA of rank {there.r}, and rank {rank} is asked for; use its rank, or take it "
+            f"out first: model.delete_adapter({REPAIR_LORA!r})."
+        )
+    if there is None:
+        spon, layers = model.peft_config[model.base_model.active_adapters[0]], spon_layers(model)
+        is_transposed = all(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())  # of GPT-2
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            target_modules=list(layers),
+            task_type=spon.task_type,
+            fan_in_fan_out=is_transposed,
+        )
+        add_lora(model, config, REPAIR_LORA)
+
+
+def repair_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those of the repair LoRA."""
+    return [
+        parameter
+        for layer in lora_layers(model)
+        for name, parameter in layer.named_parameters()
+        if f".{REPAIR_LORA}." in f".{name}."
+    ]
 
 
 def wrappers(model: nn.Module) -> Iterator[AuxiliaryTrainingWrapper]:
@@ -446,7 +510,8 @@ def check_trainable(what: str) -> None:
 
 def set_trainable(model: nn.Module, what: str) -> None:
     """
-    Choose what training moves: the active LoRA, the active SPON adapter's anchors and gains, or both.
+    Choose what training moves: the active LoRA, the active SPON adapter's anchors and gains (with its repair LoRA, if
+    there is one), or both.
 
     Args:
         model (`torch.nn.Module`): a model with SPON and LoRA.
@@ -476,8 +541,14 @@ def apply_trainable(model: nn.Module, what: str) -> list[SponLayer]:
             f"{type(model).__name__} has {'no LoRA' if layers else 'no SPON adapter'}; set_trainable chooses between "
             "the two. See add_lora."
         )
-    set_requires_grad(model, layers[0].active_adapters, what in ("anchors", "both"))
-    set_requires_grad(model, lora, what in ("lora", "both"))
+    if what == "lora" and not task_loras(lora):
+        raise ValueError(
+            "The only LoRA of the model is that of SPON's repair, which is trained with the anchors; use 'anchors', "
+            "or add_lora() one for your task."
+        )
+    set_requires_grad(model, [*layers[0].active_adapters, *repair_lora(lora)], what in ("anchors", "both"))
+    if task_loras(lora):
+        set_requires_grad(model, task_loras(lora), what in ("lora", "both"))
     tuner = over_lora(model)
     if tuner is not None:
         tuner.trainable_choice = what
@@ -497,14 +568,23 @@ def trainable_choice(model: nn.Module) -> str | None:
 
 @contextmanager
 def without_lora(model: nn.Module) -> Iterator[None]:
-    """`with without_lora(model):` LoRA off, SPON as it is. (`dense_mode` is the other way round.)"""
+    """`with without_lora(model):` LoRA off, SPON and its repair LoRA as they are. (`dense_mode`: the other way round.)
+
+    Raises:
+        `ValueError`: LoRA is merged into the weights.
+    """
     expect("without_lora(model)", "model", model, nn.Module, "a model with SPON and LoRA")
-    names = set(active_lora(model))
+    names = set(task_loras(active_lora(model)))
     layers = lora_layers(model)
     if any(layer.merged for layer in layers):
         raise ValueError("The LoRA is merged into the weights; call model.unmerge_adapter() first.")
-    with switched_off([*layers, *(wrapper for wrapper in wrappers(model) if wrapper._adapters & names)]):
-        yield
+    off = [wrapper for wrapper in wrappers(model) if wrapper._adapters & names]
+    if repair_lora(active_lora(model)):
+        with switched_off(off), only_active(layers, lambda name: name == REPAIR_LORA):
+            yield
+    else:
+        with switched_off([*layers, *off]):
+            yield
 
 
 def delete_lora(model: nn.Module, adapter_name: str) -> None:
@@ -583,9 +663,12 @@ class OverLora:
             inference_mode (`bool`, *optional*, defaults to `False`): freeze them.
         """
         wanted = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        lora = [name for name in wanted if name in lora_names(self.peft_config)]
-        spon = [name for name in wanted if name not in lora]
+        named = [name for name in wanted if name in lora_names(self.peft_config)]
+        spon = [name for name in wanted if name not in named]
         active = active_lora(self.model)
+        # The LoRA of the repair is a kind of its own: it stays as SPON does.
+        lora = [*(task_loras(named) or task_loras(active)), *(repair_lora(named) or repair_lora(active))]
+        lora = lora if named else []
         if lora:
             set_adapter(self.model, lora, inference_mode=inference_mode, layer_cls=LoraLayer)
         if spon or not lora:
@@ -623,9 +706,9 @@ class OverLora:
         else:
             delete_lora(self.model, adapter_name)
             active = active_lora(self.model)
-            if not lora_names(self.peft_config):
+            if not task_loras(lora_names(self.peft_config)):
                 if self.trainable_choice == "lora":
-                    set_requires_grad(self.model, self.active_adapters, True)
+                    set_requires_grad(self.model, [*self.active_adapters, *repair_lora(active)], True)
                 self.trainable_choice = None
         if active:
             self._set_auxiliary([*self.active_adapters, *active])
@@ -654,6 +737,11 @@ class OverLora:
         if adapter_names is None:
             yield
             return
+        if repair_lora(active_lora(self.model)):
+            raise ValueError(
+                "adapter_names chooses one adapter per row, and the repair LoRA of this model acts on every row beside"
+                " it. Leave adapter_names out, or merge what is to run: model.merge_and_unload()."
+            )
         # Errors begin with PEFT's words for the same misuse of LoRA.
         if self.training:
             raise ValueError(

@@ -31,6 +31,7 @@ from .lora import (
     set_trainable,
     trainable_choice,
 )
+from .repair import REPAIR_LORA
 from .sites import spon_layers
 
 
@@ -245,7 +246,7 @@ def load_with_lora(
     model: nn.Module,
     spon: str | os.PathLike,
     lora: str | os.PathLike | list[str | os.PathLike] | None = None,
-    adapter_name: str | list[str] = LORA_NAME,
+    adapter_name: str | list[str] | None = None,
     *,
     trainable: str | None = None,
     **kwargs: Any,
@@ -261,8 +262,9 @@ def load_with_lora(
         spon (`str`): folder or Hub id of the SPON adapter.
         lora (`str` or `list[str]`, *optional*): folder or Hub id of the LoRA; default: the folder `adapter_name`
             inside `spon`, where `model.save_pretrained` puts it.
-        adapter_name (`str` or `list[str]`, *optional*, defaults to `"task"`): name of the LoRA. Of several, each from
-            its folder, the first is active.
+        adapter_name (`str` or `list[str]`, *optional*): name of the LoRA. Of several, each from its folder, the first
+            is active. Default: `"task"`; none, where the SPON adapter was saved with a repair LoRA alone. A repair
+            LoRA always comes along, from its folder inside `spon`, and is active beside the other.
         trainable (`str`, *optional*): `"lora"`, `"anchors"` or `"both"`, see [`set_trainable`]; default: neither.
         kwargs: all other arguments of `PeftModel.from_pretrained`, for both: `revision`, `token`, ...
 
@@ -279,7 +281,7 @@ def load_with_lora(
     expect(call, "model", model, nn.Module, "the base model")
     expect(call, "spon", spon, paths, "folder or Hub id of the SPON adapter")
     expect(call, "lora", lora, (*paths, list, type(None)), "folder or Hub id of the LoRA")
-    expect(call, "adapter_name", adapter_name, (str, list), "the LoRA's name")
+    expect(call, "adapter_name", adapter_name, (str, list, type(None)), "the LoRA's name")
     if trainable is not None:
         check_trainable(trainable)
     if isinstance(model, PeftModel) or spon_layers(model) or lora_layers(model):
@@ -287,14 +289,18 @@ def load_with_lora(
             "The model has adapters already, and this loads onto a plain base. Give it the base. Another LoRA "
             "beneath SPON: add_lora(model, LoraConfig.from_pretrained(folder), n); model.load_adapter(folder, n)."
         )
+    hub = {key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS}
+    named, move = named_loras(spon, **hub), False
+    if adapter_name is None:
+        adapter_name = [] if lora is None and set(named or []) == {REPAIR_LORA} else LORA_NAME
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
     given = list(lora) if isinstance(lora, list) else [lora]
     folders = [spon] * len(names) if lora is None else given
     if len(folders) != len(names):
         raise ValueError(f"lora has {len(folders)} entries and adapter_name {names}; give one name for each.")
     places = [{"subfolder": name} if lora is None else {} for name in names]
-    hub = {key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS}
-    named, move = named_loras(spon, **hub), False
+    if REPAIR_LORA in (named or []) and REPAIR_LORA not in names:
+        names, folders, places = [*names, REPAIR_LORA], [*folders, spon], [*places, {"subfolder": REPAIR_LORA}]
     for folder, name, place in zip(folders, names, places, strict=True):
         saved = SavedLora(folder, name, place.get("subfolder"), hub)
         saved.check_belongs(spon, named)
@@ -305,6 +311,8 @@ def load_with_lora(
         for folder, name, place in zip(folders[1:], names[1:], places[1:], strict=True):
             loaded.load_adapter(folder, name, **place, **kwargs)
         loaded = PeftModel.from_pretrained(loaded, spon, **kwargs)
+        if REPAIR_LORA in names:
+            loaded.base_model.set_adapter(REPAIR_LORA, inference_mode=not kwargs.get("is_trainable", False))
         if trainable is not None:
             set_trainable(loaded, trainable)
     return loaded

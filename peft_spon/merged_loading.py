@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 
 from .checksums import fingerprint, in_threads, is_same_weight, tensors_checksum
-from .config import check_prefill, check_sparsity, make_criterion
-from .criteria import Sparsifier
+from .config import check_prefill, check_sparsity
+from .criteria import Sparsifier, make_criterion
+from .files import header_problem
 from .merged import SAVE_AGAIN, SponMergedConfig, hashed_names, hashed_tensors, prepare_saving
 from .sparse_linear import REPAIR, LayerSettings, SparseMixin, make_sparse, merged_specs
 
@@ -31,8 +31,8 @@ class SponQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         for file in checkpoint_files or []:  # transformers 4 does not say
-            if str(file).endswith(".safetensors"):
-                check_header(file)
+            if str(file).endswith(".safetensors") and (problem := header_problem(file)):
+                raise ValueError(f"{problem}; save or download the model again.")
         for name, entry in self.quantization_config.layers.items():
             layer = find_layer(model, name)
             if layer is None:
@@ -135,15 +135,6 @@ def read_entry(name: str, entry: dict[str, Any], n_in: int, n_out: int) -> tuple
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"config.json: layer '{name}': {error} {SAVE_AGAIN.capitalize()}") from None
     return settings, entry["state"]
-
-
-def check_header(path: str) -> None:
-    """Raises `ValueError` for a file that is no safetensors file, or is cut off."""
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or incomplete ({error}); save or download the model again.") from None
 
 
 def find_problem(config: SponMergedConfig, layers: dict[str, SparseMixin], exact: bool) -> str | None:

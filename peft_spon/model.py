@@ -11,10 +11,12 @@ from torch import nn
 
 from ._peft import check_target_module_exists
 from .base_layer import has_plain_weight, linear_sizes
+from .budget import exact_key, split
 from .config import SponConfig, check_sparsity
 from .containers import Place
 from .decode import DecodeSummary, prepare_for_decode, restore_from_decode
-from .layer import SponLayer, SponLinear
+from .layer import SponLayer
+from .linear import SponLinear
 from .loading import checked, module_keys, modules_checksum, own_checksum, undo_load
 from .lora import OverLora, check_can_be_reference
 from .lora_files import lora_checksums
@@ -228,7 +230,8 @@ class SponModel(OverLora, BaseTuner):
         Args:
             sparsity (`float`): share of the input entries that S zeroes, in [0, 1).
             pattern (`dict[str, float]`, *optional*): layer name or regular expression to sparsity; replaces the
-                adapter's `sparsity_pattern`. Left out, the pattern is cleared: every layer gets `sparsity`.
+                adapter's `sparsity_pattern`. Left out: every layer gets `sparsity`, or, after [`allocate`], its share
+                of a budget of `sparsity` for all of them, split anew. `{}`: every layer alike, for good.
             adapter_name (`str`, *optional*): which adapter; default: the first active one.
 
         Raises:
@@ -298,11 +301,19 @@ def set_sparsity(
     model: nn.Module, sparsity: float, pattern: dict[str, float] | None = None, adapter_name: str | None = None
 ) -> None:
     """As [`SponModel.set_sparsity`], for any model that holds SPON layers (transformers' `add_adapter` too)."""
-    pattern = pattern or {}
-    check_sparsity(sparsity, pattern)
+    check_sparsity(sparsity, pattern or {})
     name = resolve_adapter(model, adapter_name, may_be_merged=True)
     layers = {key: layer for key, layer in spon_layers(model).items() if name in layer.spon_settings}
+    allocation = adapter_config(model, name).allocation if pattern is None else None
+    if allocation is not None:
+        if allocation["layers"].keys() != layers.keys():
+            raise ValueError(
+                f"The allocation of adapter {name!r} is for other layers than this model's; allocate() again, or give "
+                "a pattern ({}: every layer alike)."
+            )
+        pattern = {exact_key(key): share for key, share in split(allocation, sparsity).items()}
+    pattern = dict(pattern or {})
     check_matches("sparsity_pattern", pattern, list(layers))
     for key, layer in layers.items():
         layer.set_sparsity(name, layer_sparsity(sparsity, pattern, key))
-    change_config(model, name, sparsity=sparsity, sparsity_pattern=dict(pattern))
+    change_config(model, name, sparsity=sparsity, sparsity_pattern=pattern, allocation=allocation)

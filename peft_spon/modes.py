@@ -8,14 +8,16 @@ be wrong where a backward pass, in a thread of its own, runs a checkpointed forw
 """
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .layer import SponLayer
+from .repair import REPAIR_LORA
 from .sites import sites
 
 
@@ -74,6 +76,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def dense_mode(model: nn.Module) -> Iterator[None]:
     """`with dense_mode(model):` SPON off, so the model is its own dense teacher; other adapters stay as they are.
 
+    A repair LoRA is a part of SPON and off, too.
     A merged model is dense with the weights that it has: what was merged into W itself (a LoRA, folded gains) stays.
     SPON's `modules_to_save` are off, too. Unlike PEFT's `disable_adapter()` it touches no `requires_grad`, so it is
     safe between forward and backward.
@@ -87,7 +90,35 @@ def dense_mode(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         if isinstance(module, AuxiliaryTrainingWrapper) and names & set(module.active_adapters)
     ]
-    with switched_off([*layers, *wrappers]), attribute(merged, "_dense", True):
+    with switched_off([*layers, *wrappers]), attribute(merged, "_dense", True), without_repair_lora(model):
+        yield
+
+
+@contextmanager
+def without_repair_lora(model: nn.Module) -> Iterator[None]:
+    """`with without_repair_lora(model):` the LoRA that is part of the repair is off, other ones stay as they are.
+
+    Raises:
+        `ValueError`: it is merged into the weights.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if any(REPAIR_LORA in layer.merged_adapters for layer in layers):
+        raise ValueError("The repair LoRA is merged into the weights; call model.unmerge_adapter() first.")
+    with only_active(layers, lambda name: name != REPAIR_LORA):
+        yield
+
+
+@contextmanager
+def only_active(layers: list[LoraLayer], wanted: Callable[[str], bool]) -> Iterator[None]:
+    """`with only_active(layers, wanted):` of the active LoRAs only those with a wanted name are active."""
+    changed: dict[tuple[str, ...], list[LoraLayer]] = {}
+    for layer in layers:
+        names = tuple(name for name in layer.active_adapters if wanted(name))
+        if len(names) < len(layer.active_adapters):
+            changed.setdefault(names, []).append(layer)
+    with ExitStack() as stack:
+        for names, group in changed.items():
+            stack.enter_context(attribute(group, "_active_adapter", list(names)))
         yield
 
 
@@ -104,9 +135,11 @@ def keep_switched_off(model: nn.Module, enabled: bool) -> None:
             module._disable_adapters = True
 
 
-def without_anchors(model: nn.Module):
-    """`with without_anchors(model):` plain sparsity, W S(x) + b, without anchors and gains."""
-    return layer_flag(model, "_anchors_enabled", False)
+@contextmanager
+def without_anchors(model: nn.Module) -> Iterator[None]:
+    """`with without_anchors(model):` plain sparsity, W S(x) + b, without anchors, gains and a repair LoRA."""
+    with layer_flag(model, "_anchors_enabled", False), without_repair_lora(model):
+        yield
 
 
 def every_token_sparse(model: nn.Module):

@@ -10,6 +10,10 @@ import torch
 from .criteria import Sparsifier, State
 
 
+# The name of a LoRA beneath SPON that is part of the repair: trained with the anchors, off where they are off.
+REPAIR_LORA = "spon-repair"
+
+
 @dataclass(frozen=True)
 class Repair:
     """

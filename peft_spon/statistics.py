@@ -292,29 +292,36 @@ class Removed:
     For an output-side anchor that is W x - W S(x), for an input-side one x - S(x).
 
     Attributes:
-        rms (`float`): its root mean square, the natural unit of the layer's anchor; 1.0 where S removes nothing.
+        rms (`float`): its root mean square.
+        mean (`float`): the root mean square, over features, of its mean over tokens: all that an anchor can replace,
+            and so the natural unit of the layer's anchor. Chance is subtracted, and where no more is left than chance
+            makes, it is that; 0 where S removes nothing.
         share (`float`): that, relative to the root mean square of W x, or of x.
     """
 
     rms: float
+    mean: float
     share: float
 
 
 class _Removal(Observer):
-    """Squares of what S removes, and of all, per layer."""
+    """Squares of what S removes, and of all, per layer; and its sum over tokens, per feature."""
 
     def __init__(self, layers: dict[str, SponLayer], adapter_name: str):
         super().__init__(layers, adapter_name)
         self.squares: dict[str, torch.Tensor] = {}
+        self.totals: dict[str, torch.Tensor] = {}
         self.entries: dict[str, int] = {}
 
     def see(self, name: str, layer: SponLayer, x: torch.Tensor, is_new: bool) -> None:
+        x = self.tokens_of(x).flatten(0, -2)
         whole, removed = x, x - layer.sparsify(x, self.adapter_name)
         if layer.settings(self.adapter_name).anchor_space == "output":
-            at_zero = layer.base_layer(torch.zeros_like(x[..., :1, :]))
+            at_zero = layer.base_layer(torch.zeros_like(x[:1]))
             whole, removed = (layer.base_layer(value) - at_zero for value in (whole, removed))
         sums = torch.stack([value.float().square().sum(dtype=torch.float64) for value in (removed, whole)])
         self.squares[name] = self.squares.get(name, 0.0) + sums.cpu()
+        self.totals[name] = self.totals.get(name, 0.0) + removed.float().sum(0, dtype=torch.float64).cpu()
         self.entries[name] = self.entries.get(name, 0) + removed.numel()
 
 
@@ -348,13 +355,20 @@ def removed_by_s(
     seen = _Removal({key: layer for key, layer in spon_layers(model).items() if name in layer.spon_settings}, name)
     with every_token_sparse(model):
         watch(model, batches, seen, "measuring what S removes", progress, max_tokens)
-    table = torch.stack([squares / torch.tensor([seen.entries[key], 1.0]) for key, squares in seen.squares.items()])
+    table = torch.stack([_row(seen, key) for key in seen.squares])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # The same numbers on every rank, to the last bit: they set learning rates.
         table = table.to(next(model.parameters()).device)
         torch.distributed.broadcast(table, src=0)
     found = {}
-    for key, (mean_square, whole) in zip(seen.squares, table.tolist(), strict=True):
-        share = math.sqrt(mean_square * seen.entries[key] / whole) if whole > 0 else 0.0
-        found[key] = Removed(math.sqrt(mean_square) or 1.0, share)
+    for key, (square, whole, mean) in zip(seen.squares, table.tolist(), strict=True):
+        found[key] = Removed(math.sqrt(square), math.sqrt(mean), math.sqrt(square / whole) if whole > 0 else 0.0)
     return found
+
+
+def _row(seen: _Removal, key: str) -> torch.Tensor:
+    """Of one layer: mean squares of what S removes, of all, and of the mean of what it removes; shape (3,)."""
+    square, whole = seen.squares[key] / seen.entries[key]
+    tokens = seen.entries[key] / len(seen.totals[key])
+    chance = square / tokens
+    return torch.stack([square, whole, ((seen.totals[key] / tokens).square().mean() - chance).maximum(chance)])

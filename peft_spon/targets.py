@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ._peft import check_target_module_exists, get_pattern_key, include_all_linear_layers
 from .base_layer import is_linear
+from .budget import exact_key
 from .config import SponConfig
 from .loading import preview
 from .sites import outer_modules
@@ -77,7 +78,9 @@ def matches(wanted: set[str] | str | None, name: str) -> bool:
 
 def layer_sparsity(sparsity: float, pattern: dict[str, float], name: str) -> float:
     """Sparsity of the layer `name`: its entry in the pattern, matched as LoRA's `rank_pattern`, or the common one."""
-    return pattern.get(get_pattern_key(list(pattern), name), sparsity)
+    # What `allocate` writes has a key for every layer: found without trying all of them as regular expressions.
+    exact = pattern.get(exact_key(name))
+    return pattern.get(get_pattern_key(list(pattern), name), sparsity) if exact is None else exact
 
 
 def check_patterns(config: SponConfig, names: list[str]) -> None:
@@ -95,8 +98,9 @@ def check_patterns(config: SponConfig, names: list[str]) -> None:
 
 def check_matches(what: str, pattern: dict[str, float], names: list[str]) -> None:
     """Raises `ValueError` for a pattern key that matches no layer."""
+    exact = {exact_key(name) for name in names}
     for key in pattern:
-        if not any(get_pattern_key([key], name) == key for name in names):
+        if key not in exact and not any(get_pattern_key([key], name) == key for name in names):
             raise ValueError(f"{what} has {key!r}, which no targeted layer matches; they are {preview(names)}.")
 
 

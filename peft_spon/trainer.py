@@ -37,8 +37,16 @@ from .divergence import (
     trained_parameters,
 )
 from .layer import SponLayer
-from .learning_rates import parameter_groups
-from .lora import active_lora, apply_trainable, model_inside, trainable_choice
+from .learning_rates import lora_apart, parameter_groups
+from .lora import (
+    active_lora,
+    add_repair_lora,
+    apply_trainable,
+    model_inside,
+    repair_parameters,
+    task_loras,
+    trainable_choice,
+)
 from .losses import means, sums_by_row
 from .modes import differentiable, every_token_sparse
 from .resume import whole_checkpoint_for_all
@@ -50,7 +58,7 @@ from .trainer_config import SFTTrainer, SponTrainingConfig, check_arguments
 logger = logging.get_logger(__name__)
 
 # Tokens on which the scale of the learning rates is measured.
-SCALE_TOKENS = 8192
+SCALE_TOKENS = 2048
 DENSE_BROKEN = "and the dense model's log-likelihood is not finite either"
 
 
@@ -60,7 +68,8 @@ class SponTrainer(SFTTrainer):
 
     The loss is the forward KL from the model with SPON off to the model with it on, exact over the vocabulary and
     averaged over the tokens whose label is not -100 (SPON, arXiv 2512.12744, section 3), without dropout. A LoRA
-    beneath SPON belongs to both models: it is frozen, and what it has learned is what the sparse model keeps. Data,
+    beneath SPON belongs to both models: it is frozen, and what it has learned is what the sparse model keeps. A repair
+    LoRA (`repair_lora` of the settings) is trained with the anchors, and the dense model is without it. Data,
     packing, evaluation, checkpoints, trackers and the Hub are those of TRL's [`~trl.SFTTrainer`]. An adapter without
     thresholds is calibrated on the training data first. S is active on every token while training, whatever `prefill`
     says.
@@ -137,9 +146,12 @@ class SponTrainer(SFTTrainer):
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
         self.adapter_name = resolve_adapter(self.model, None)
         self._choice_before = trainable_choice(self.model)
+        if self.args.repair_lora:
+            add_repair_lora(self.model, self.args.repair_lora)
         if active_lora(self.model):
             # The teacher has the LoRA, too: a LoRA that moved would move the target along.
-            logger.info("Only the anchors are trained, the LoRA beneath them is frozen until the training ends")
+            if task_loras(active_lora(self.model)):
+                logger.info("Only the anchors are trained, the LoRA beneath them is frozen until the training ends")
             apply_trainable(self.model, "anchors")
         for layer in spon_layers(self.model).values():
             _keep_fp32(layer)
@@ -231,7 +243,7 @@ class SponTrainer(SFTTrainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _recalibrate(self) -> None:
-        tokens = max(1, self.args.calibration_tokens // 8)
+        tokens = self.args.calibration_tokens
         logger.info(f"fitting the thresholds anew to the sparse model, on {tokens} tokens of the training data")
         calibrate(self.model, refit=True, **{**calibration_data(self, tokens), "progress": False})
 
@@ -287,6 +299,7 @@ class SponTrainer(SFTTrainer):
         if self.optimizer is None:
             model = self.model if model is None else model
             groups = parameter_groups(model, self.args.learning_rate, self.args.gain_learning_rate, self._removed)
+            groups = lora_apart(groups, repair_parameters(model), self.args.repair_lora_learning_rate)
             for group in groups:
                 group["weight_decay"] = self.args.weight_decay
             cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)

@@ -1,10 +1,12 @@
 # Copyright 2026 The peft_spon authors.
 # SPDX-License-Identifier: Apache-2.0
 
+import gc
 import os
 from pathlib import Path
 
 
+gc.disable()  # until all tests are collected: what is imported stays, and takes half a second to look through
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The compiled CPU kernel, by the hash of its source, and whatever else libraries keep: not in the user's own cache.
@@ -26,6 +28,15 @@ def pytest_configure():
     kernels.active_kernel()  # compiled once, before pytest-xdist starts several processes that would all do it
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -39,7 +50,13 @@ def _no_precision_of_another_test():
     AcceleratorState._reset_state()
 
 
-@pytest.fixture(params=sorted(MODELS))
+# Every kind of layer: linear with and without a bias, Conv1D, cross-attention. The other families are slow tests.
+DISTINCT = {"llama", "gpt2", "bert", "t5"}
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=() if name in DISTINCT else pytest.mark.slow) for name in sorted(MODELS)]
+)
 def family(request):
     """Name of each model family in turn."""
     return request.param

@@ -7,6 +7,7 @@
 accelerate offers FSDP on accelerators only. `fsdp_on_cpu` lets the test run it over gloo.
 """
 
+import gc
 import json
 import os
 import signal
@@ -112,6 +113,7 @@ def train(out: Path, options: dict) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # see conftest.py
     torch.set_num_threads(1)
     if "ACCELERATE_USE_FSDP" in os.environ:
         fsdp_on_cpu()

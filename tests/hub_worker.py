@@ -5,6 +5,7 @@
 The client reads HF_ENDPOINT, HF_TOKEN and the like when it is imported, so it needs processes of its own.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -19,7 +20,6 @@ from models import MODELS, calibrated, logits, word_tokenizer
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-import peft_spon
 from peft_spon import (
     SponConfig,
     SponTrainer,
@@ -207,13 +207,14 @@ def load(out):
 
     # What is in the cache needs no network, and a pickle there is as bad as one on the Hub.
     hf_hub_download("user/pickled", "adapter_model.bin")
-    peft_spon.config.file_exists = None
+    tf.utils.hub.get_session = None
     errors["pickled, cached"] = outcome(config, "user/pickled", local_files_only=True)
     sparsity += [config("user/llama-spon", revision="v1", local_files_only=True).sparsity]
     return {"errors": errors, "same": same, "sparsity": sparsity}
 
 
 if __name__ == "__main__":
+    gc.freeze()  # see conftest.py
     torch.set_num_threads(1)
     what, folder = sys.argv[1], Path(sys.argv[2]).resolve()
     written = {"push": push, "load": load}[what](folder)

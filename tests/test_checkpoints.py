@@ -3,6 +3,7 @@
 """A training killed while it writes a checkpoint is resumed from the last whole one, to the same anchors."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -42,19 +43,41 @@ OPTIONS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, tokenizer):
-    trainer = make(tmp_path_factory.mktemp("straight"), tokenizer, **OPTIONS)
+def finished(tmp_path_factory, tokenizer):
+    """Folder of a training that nothing has stopped, and its anchors."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("finished")
+    trainer = make(folder, tokenizer, **OPTIONS)
     trainer.train()
-    return [layer.spon_anchor["default"].detach() for layer in spon_layers(trainer.model).values()]
+    return folder, [layer.spon_anchor["default"].detach() for layer in spon_layers(trainer.model).values()]
 
 
-@pytest.mark.parametrize("what", ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"])
-@pytest.mark.parametrize("how", ["the last", "by name"])
-def test_the_last_whole_checkpoint_is_resumed(tmp_path, tokenizer, straight, caplog, what, how):
-    killed = make(tmp_path, tokenizer, **OPTIONS)
-    kill_while_saving(killed, what, 4)
+@pytest.fixture
+def straight(finished):
+    return finished[1]
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of the folder of a training that nothing has stopped."""
+    return Path(shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True))
+
+
+@pytest.fixture(scope="module", params=["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"])
+def killed(request, tmp_path_factory, tokenizer):
+    """Folder of a training that was killed while it saved the checkpoint of step 4."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("killed")
+    trainer = make(folder, tokenizer, **OPTIONS)
+    kill_while_saving(trainer, request.param, 4)
     with pytest.raises(Killed):
-        killed.train()
+        trainer.train()
+    return folder
+
+
+@pytest.mark.parametrize("how", ["the last", pytest.param("by name", marks=pytest.mark.slow)])
+def test_the_last_whole_checkpoint_is_resumed(tmp_path, tokenizer, straight, caplog, killed, how):
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4"), "what scripts ask for"
     resumed = make(tmp_path, tokenizer, **{**OPTIONS, "save_total_limit": 1, "save_steps": 3})
     resumed.train(resume_from_checkpoint=True if how == "the last" else str(tmp_path / "checkpoint-4"))
@@ -66,25 +89,24 @@ def test_the_last_whole_checkpoint_is_resumed(tmp_path, tokenizer, straight, cap
     assert sorted(path.name for path in tmp_path.glob("*checkpoint-*")) == ["checkpoint-6", "incomplete-checkpoint-4"]
 
 
-def test_a_state_that_is_cut_off_is_not_whole(tmp_path, tokenizer, straight):
-    make(tmp_path, tokenizer, **OPTIONS).train()
+def test_a_state_that_is_cut_off_is_not_whole(folder, tokenizer, straight):
     for step in (4, 6):
-        cut(tmp_path / f"checkpoint-{step}" / "trainer_state.json")
-    resumed = make(tmp_path, tokenizer, **OPTIONS)
+        cut(folder / f"checkpoint-{step}" / "trainer_state.json")
+    resumed = make(folder, tokenizer, **OPTIONS)
     resumed.train(resume_from_checkpoint=True)
     for layer, wanted in zip(spon_layers(resumed.model).values(), straight, strict=True):
         assert torch.equal(layer.spon_anchor["default"], wanted)
 
 
-def test_an_overwritten_checkpoint_is_no_mixture_of_two_runs(tmp_path, tokenizer):
-    make(tmp_path, tokenizer, **OPTIONS).train()
-    again = make(tmp_path, tokenizer, **OPTIONS)
+def test_an_overwritten_checkpoint_is_no_mixture_of_two_runs(folder, tokenizer):
+    again = make(folder, tokenizer, **OPTIONS)
     kill_while_saving(again, "_save_optimizer_and_scheduler", 6)
     with pytest.raises(Killed):
         again.train()
-    assert not (tmp_path / "checkpoint-6" / "trainer_state.json").exists()
+    assert not (folder / "checkpoint-6" / "trainer_state.json").exists()
 
 
+@pytest.mark.slow
 def test_where_no_checkpoint_is_whole_that_is_said(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, **OPTIONS)
     with pytest.raises(ValueError, match="No valid checkpoint found"):
@@ -98,18 +120,18 @@ def test_where_no_checkpoint_is_whole_that_is_said(tmp_path, tokenizer):
     assert (tmp_path / "checkpoint-6" / "trainer_state.json").exists()
 
 
-def test_whole_checkpoints_and_other_folders_are_left_alone(tmp_path, tokenizer):
-    make(tmp_path, tokenizer, **OPTIONS).train()
-    before = sorted(path.name for path in tmp_path.iterdir())
-    resumed = make(tmp_path, tokenizer, **OPTIONS)
-    (tmp_path / "checkpoint-old").mkdir()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+def test_whole_checkpoints_and_other_folders_are_left_alone(folder, tokenizer):
+    before = sorted(path.name for path in folder.iterdir())
+    resumed = make(folder, tokenizer, **OPTIONS)
+    (folder / "checkpoint-old").mkdir()
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert resumed.state.global_step == 6
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "checkpoint-old"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*before, "checkpoint-old"])
     with pytest.raises((ValueError, OSError)):
-        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+        resumed.train(resume_from_checkpoint=str(folder / "checkpoint-5"))
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_saving_resumes_to_the_same_anchors(tmp_path, tokenizer, straight):
     def train():
         trainer = make(tmp_path, tokenizer, **OPTIONS)

@@ -74,6 +74,7 @@ def test_wrapping_a_compiled_base(way, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval(), "llama"), want)
 
 
+@pytest.mark.slow
 def test_what_was_compiled_stays_so():
     class Net(nn.Module):
         def __init__(self):

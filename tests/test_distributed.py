@@ -16,6 +16,7 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
+from distributed_worker import train
 from models import MODELS
 from packaging.version import Version
 from peft import PeftModel
@@ -40,18 +41,21 @@ FSDP2 = {
 
 def run(folder, processes, trainings, env=None):
     """Anchors and reports of trainings of distributed_worker.py, one after the other, by name; folders are theirs."""
-    launcher = [sys.executable]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    launcher += ["--nproc_per_node", str(processes), "--master_port", str(port)]
     jobs = [word for name, options in trainings.items() for word in (str(folder / name), json.dumps(options))]
     paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = [*launcher, str(HERE / "distributed_worker.py"), *jobs]
     done = subprocess.run(command, env={**os.environ, **settings, **(env or {})}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
+    return outcomes(folder, processes, trainings)
+
+
+def outcomes(folder, processes, trainings):
     found = {}
     for name in trainings:
         reports = [json.loads((folder / name / f"report-{rank}.json").read_text()) for rank in range(processes)]
@@ -64,7 +68,10 @@ def run(folder, processes, trainings, env=None):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("one"), 1, {"plain": {}})["plain"]
+    """The same in one process, which is this one."""
+    folder = tmp_path_factory.mktemp("one")
+    train(folder / "plain", {})
+    return outcomes(folder, 1, ["plain"])["plain"]
 
 
 @pytest.fixture(scope="module")

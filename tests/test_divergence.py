@@ -38,7 +38,7 @@ def poison(trainer, value=math.nan):
     first_layer(trainer).spon_anchor["default"].data.fill_(value)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("step", [4, 2])
 def test_an_update_that_breaks_an_anchor_is_never_saved(tmp_path, tokenizer, value, step):
     trainer = make(tmp_path, tokenizer, save_strategy="steps", save_steps=1)
@@ -59,7 +59,7 @@ def test_what_breaks_after_the_last_update_is_noticed_too(tmp_path, tokenizer):
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
-@pytest.mark.parametrize("steps", [1, 3, 15])
+@pytest.mark.parametrize("steps", [1, pytest.param(3, marks=pytest.mark.slow), 15])
 def test_short_runs_stop_as_well(tmp_path, tokenizer, steps):
     trainer = make(tmp_path, tokenizer, max_steps=steps, learning_rate=150.0 / steps)
     with pytest.raises(
@@ -98,6 +98,7 @@ def test_anchors_and_thresholds_go_back_to_one_moment(tmp_path, tokenizer):
         assert torch.equal(layer.spon_threshold["default"], found[name][1]), "threshold and table belong together"
 
 
+@pytest.mark.slow
 def test_the_mark_is_part_of_the_checkpoint(tmp_path, tokenizer):
     """Anchors that got much worse just before a checkpoint do not get a new, higher mark by being resumed."""
     options = {"save_strategy": "steps", "save_steps": 10, "learning_rate": 1e-6, "gain_learning_rate": 1e-6}
@@ -118,7 +119,7 @@ def test_the_mark_is_part_of_the_checkpoint(tmp_path, tokenizer):
     assert resumed.state.global_step < 25
 
 
-@pytest.mark.parametrize("held_out", [True, False])
+@pytest.mark.parametrize("held_out", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_before_a_resumed_training_is_before_its_first_step(tmp_path, tokenizer, held_out):
     def trained(resume=None):
         trainer = make(tmp_path, tokenizer, save_strategy="steps", save_steps=2, learning_rate=0.2)
@@ -149,6 +150,7 @@ def test_a_broken_dense_model_is_found_before_the_first_step(tmp_path, tokenizer
         make(tmp_path, tokenizer, get_peft_model(base, SponConfig(criterion="topk"))).train()
 
 
+@pytest.mark.slow
 def test_no_alarm_on_a_training_that_does_well(tmp_path, tokenizer):
     for steps in (8, 21):
         options = {"max_steps": steps, "per_device_train_batch_size": 48}

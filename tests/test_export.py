@@ -70,6 +70,7 @@ def test_every_token_sparse_inside_its_block(way):
     torch.testing.assert_close(exported(x), want)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiling_with_a_share_stays_exact():
     model = net(prefill=0.5)

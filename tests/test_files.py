@@ -69,6 +69,7 @@ def test_strangers_are_left_alone_and_left_overs_go(kind, tmp_path):
     assert torch.equal(logits(load(folder), "llama"), logits(model, "llama"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_processes_save_into_one_folder(kind, tmp_path):
     make, load = KINDS[kind]

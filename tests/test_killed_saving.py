@@ -119,6 +119,7 @@ def load_adapter(folder):
     return PeftModel.from_pretrained(MODELS["llama"](), folder).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["nothing", "another", "its dial elsewhere"])
 def test_killed_while_saving_an_adapter(before, tmp_path):
     model, old = adapter(1), None if before == "nothing" else adapter(0 if before == "another" else 1)
@@ -130,6 +131,7 @@ def test_killed_while_saving_an_adapter(before, tmp_path):
     check_left_overs_go(tmp_path, model.save_pretrained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", ["missing", "zeros"])
 @pytest.mark.parametrize("before", ["nothing", "another"])
 def test_killed_inside_the_writing_of_the_weights(before, tail, tmp_path):

@@ -104,8 +104,7 @@ def test_failed_load_takes_modules_to_save_out_again(tmp_path):
 def test_pickle_only_adapter_on_the_hub_is_refused(saved, monkeypatch, files, refused):
     config_file = saved / "adapter_config.json"
     monkeypatch.setattr("peft.config.hf_hub_download", lambda *args, **kwargs: str(config_file))
-    monkeypatch.setattr("peft_spon.config.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("peft_spon.config.file_exists", lambda repo, name, **kwargs: name in files)
+    monkeypatch.setattr("peft_spon.config.has_file", lambda repo, name, **kwargs: name in files)
     if refused:
         with pytest.raises(ValueError, match="user/spon holds its weights as adapter_model.bin.*safetensors only"):
             SponConfig.from_pretrained("user/spon")

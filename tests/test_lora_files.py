@@ -151,7 +151,14 @@ SPON_DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("kind", [{}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"init_lora_weights": "pissa"},
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ({}, {"init_lora_weights": "olora"})),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("damage", SPON_DAMAGES)
 def test_a_damaged_spon_adapter_leaves_the_base_as_it_was(damage, kind, tmp_path):
     spon_then_lora(lora=lora_config(**kind)).save_pretrained(tmp_path)
@@ -285,6 +292,7 @@ def test_a_checkpoint_whose_lora_is_damaged_is_not_resumed(name, tmp_path):
     assert torch.equal(logits(model.eval(), "llama"), saved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["another LoRA", "no LoRA"])
 def test_killed_while_saving_both(before, tmp_path):
     torch.manual_seed(3)
@@ -318,7 +326,9 @@ def test_a_lora_that_moves_weights_and_fails_is_undone(kind):
     assert all(torch.equal(value, wanted[name]) for name, value in found.items())
 
 
-@pytest.mark.parametrize("kind", ["pissa", "olora", "mica", "gaussian"])
+@pytest.mark.parametrize(
+    "kind", ["pissa", "gaussian", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("olora", "mica"))]
+)
 def test_initialisations(route, kind, tmp_path):
     """Those that move a part of W into the LoRA, too: dense it is PEFT's LoRA; saved, loaded, merged it is exact."""
     torch.manual_seed(3)
@@ -492,6 +502,7 @@ def test_cards_that_somebody_has_written_stay(tmp_path, monkeypatch):
     assert "Of the folder" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_killed_while_saving_a_lora(tmp_path):
     old, new = spon_then_lora(), spon_then_lora(lora=lora_config(r=2, lora_alpha=5))
     allowed = {}

@@ -54,8 +54,11 @@ def test_save_and_load_give_the_same_bits(family, tmp_path):
         assert torch.equal(*answers)
 
 
+DIALS = [{"gain": False}, {"prefill": 0.5}, {"anchor_space": "input"}]
+
+
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
-@pytest.mark.parametrize("fields", [{}, {"gain": False}, {"prefill": 0.5}, {"anchor_space": "input"}], ids=str)
+@pytest.mark.parametrize("fields", [{}, *(pytest.param(dial, marks=pytest.mark.slow) for dial in DIALS)], ids=str)
 def test_every_criterion_and_dial_comes_back(criterion, fields, tmp_path):
     merged = merged_model(criterion=criterion, **fields)
     merged.save_pretrained(tmp_path)
@@ -173,6 +176,7 @@ def test_with_and_without_a_head(tmp_path):
         assert torch.equal(classifier.model(ids)[0], wanted)
 
 
+@pytest.mark.slow
 def test_a_program_without_peft_spon_gets_exactly_the_dense_base(tmp_path):
     for family in ("llama", "gpt2"):
         base = MODELS[family]()

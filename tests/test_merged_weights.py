@@ -61,7 +61,9 @@ def test_one_flipped_bit_is_refused(folder, name, index, bit):
         load(folder)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize(
+    "family", [pytest.param("llama", marks=pytest.mark.slow), "gpt2", pytest.param("t5", marks=pytest.mark.slow)]
+)
 def test_a_changed_range_of_any_parameter_is_refused(family, tmp_path):
     merged_model(family).save_pretrained(tmp_path / "whole")
     whole = load_file(tmp_path / "whole" / MODEL)

@@ -324,6 +324,7 @@ def test_calibrating_a_merged_adapter_is_refused():
     assert all(layer.merged for layer in spon_layers(model).values())
 
 
+@pytest.mark.slow
 def test_compiled_merged_model_gives_the_same_answer():
     merged = adapted(Net("linear")).merge_and_unload()
     x = torch.randn(3, 8)

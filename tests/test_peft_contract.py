@@ -387,6 +387,7 @@ def test_saved_config_states_everything_that_changes_numbers(tmp_path):
     assert torch.equal(logits(loaded, "llama"), logits(model, "llama"))
 
 
+@pytest.mark.slow
 def test_compiled_model(llama):
     model = calibrated("llama")
     compiled = torch.compile(model, backend="eager", fullgraph=True)

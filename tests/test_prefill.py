@@ -55,7 +55,7 @@ def generate(model, ids=PROMPT, tokens=14, **kwargs):
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", pytest.param("opt", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("prefill", ["sparse", "dense", 0.5])
 def test_the_same_greedy_tokens_in_whatever_pieces_they_come(family, prefill):
     model = sparse_model(family, prefill)
@@ -67,6 +67,7 @@ def test_the_same_greedy_tokens_in_whatever_pieces_they_come(family, prefill):
     assert not model.get_base_model()._forward_pre_hooks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "task_type"), [("adapter", "CAUSAL_LM"), ("merged", None), ("unloaded", None)])
 def test_merged_models_do_the_same(way, task_type):
     model = sparse_model("llama", 0.5, way, task_type)

@@ -55,7 +55,7 @@ def first_run(base, name="default", **kwargs):
     return trained(model)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("name", ["default", "second"])
 def test_a_cell_run_again_gives_the_new_adapter_alone(family, run, name, tmp_path):

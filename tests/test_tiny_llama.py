@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, calibrate, evaluate
+from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, allocate, calibrate, evaluate
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -34,7 +34,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def texts():
-    return {split: list(stdlib_texts(split).values()) for split in ("train", "held_out")}
+    return {split: stdlib_texts(split) for split in ("train", "held_out")}
 
 
 SIZE = {"batch_size": 8, "max_length": 256}
@@ -51,8 +51,8 @@ def test_files(base, tokenizer):
     assert f"{record['held_out_perplexity']:.2f}" in (TINY_LLAMA / "README.md").read_text()
 
 
-def test_split_is_by_file_and_the_same_everywhere():
-    train, held_out = stdlib_texts("train"), stdlib_texts("held_out")
+def test_split_is_by_file_and_the_same_everywhere(texts):
+    train, held_out = texts["train"], texts["held_out"]
     assert not set(train) & set(held_out)
     assert 0.05 < len(held_out) / (len(train) + len(held_out)) < 0.15
     assert not any(is_held_out(name) for name in train)
@@ -61,20 +61,22 @@ def test_split_is_by_file_and_the_same_everywhere():
     assert not any("site-packages" in name or name.startswith("test/") for name in train)
 
 
+@pytest.mark.slow
 def test_it_has_learned_python(base, tokenizer, texts):
     model = get_peft_model(base, SponConfig(sparsity=0.5, anchor_modules=[]))
-    result = evaluate(model, texts["held_out"], tokenizer, max_tokens=16384, **SIZE)
+    result = evaluate(model, list(texts["held_out"].values()), tokenizer, max_tokens=8192, **SIZE)
     assert result.dense.perplexity < 14, "an untrained model stands at 2048"
 
 
 @pytest.mark.slow
 def test_sparsity_hurts_weighted_hurts_less_and_anchors_repair(base, tokenizer, texts, tmp_path):
     model = get_peft_model(base, SponConfig(sparsity=0.6, criterion="magnitude", anchor_modules=[]))
-    calibrate(model, texts["train"], tokenizer, max_tokens=16384, **SIZE)
-    held_out = {"data": texts["held_out"], "tokenizer": tokenizer, "max_tokens": 8192, **SIZE}
+    train = list(texts["train"].values())
+    calibrate(model, train, tokenizer, max_tokens=8192, **SIZE)
+    held_out = {"data": list(texts["held_out"].values()), "tokenizer": tokenizer, "max_tokens": 4096, **SIZE}
     magnitude = evaluate(model, **held_out)
     model = get_peft_model(model.unload(), SponConfig(sparsity=0.6))
-    calibrate(model, texts["train"], tokenizer, max_tokens=16384, **SIZE)
+    calibrate(model, train, tokenizer, max_tokens=8192, **SIZE)
     args = SponTrainingConfig(
         output_dir=str(tmp_path),
         max_steps=20,
@@ -89,10 +91,24 @@ def test_sparsity_hurts_weighted_hurts_less_and_anchors_repair(base, tokenizer, 
         save_strategy="no",
         disable_tqdm=True,
     )
-    rows = [{"text": text} for text in texts["train"][::10]]
+    rows = [{"text": text} for text in train[::10]]
     SponTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer).train()
     ours = evaluate(model, **held_out)
     assert ours.dense == magnitude.dense
     assert magnitude.sparse.perplexity > ours.sparse.perplexity > ours.anchored.perplexity > ours.dense.perplexity
     assert ours.anchored.kl < 0.85 * ours.sparse.kl
     assert 0.58 < ours.anchored.sparsity < 0.62
+
+
+def test_allocation_takes_half_of_the_kl_away_for_nothing(base, tokenizer, texts):
+    """Little data, and still: thresholds of 4,096 tokens hit the total, and 1,024 tokens tell the layers apart."""
+    model = get_peft_model(base, SponConfig(sparsity=0.6, anchor_modules=[]))
+    calibrate(model, texts["train"], tokenizer, max_tokens=4096, **SIZE)
+    kl, realised = {}, {}
+    for method in ("uniform", "kl"):
+        allocate(model, texts["train"], tokenizer, method=method, max_length=256, max_tokens=1024)
+        result = evaluate(model, texts["held_out"], tokenizer, max_tokens=2048, **SIZE)
+        kl[method], realised[method] = result.sparse.kl, result.sparse.sparsity
+    assert kl["kl"] < 0.5 * kl["uniform"]
+    assert realised["kl"] == pytest.approx(realised["uniform"], abs=0.005)
+    assert realised["uniform"] == pytest.approx(0.6, abs=0.01)

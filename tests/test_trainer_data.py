@@ -22,10 +22,10 @@ def alarms(caplog):
 @pytest.mark.parametrize(
     "options",
     [
-        {"dataloader_drop_last": True, "per_device_eval_batch_size": 16},
-        {"learning_rate": 0.0, "logging_steps": 1},
+        pytest.param({"dataloader_drop_last": True, "per_device_eval_batch_size": 16}, marks=pytest.mark.slow),
+        pytest.param({"learning_rate": 0.0, "logging_steps": 1}, marks=pytest.mark.slow),
         {"learning_rate": 0.0, "gain_learning_rate": 0.0, "logging_steps": 1},
-        {"neftune_noise_alpha": 30.0},
+        {"neftune_noise_alpha": 1.0, "learning_rate": 0.6},
     ],
     ids=str,
 )
@@ -43,7 +43,7 @@ def test_no_alarm_without_evidence(tmp_path, tokenizer, caplog, options):
         assert {entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry} == {0.0}
 
 
-@pytest.mark.parametrize("held_out", [True, False])
+@pytest.mark.parametrize("held_out", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_before_and_after_are_measured_alike_whatever_noise_training_adds(tmp_path, tokenizer, held_out):
     """Without noise, on the same rows; the watch's mark is with the noise that the steps' KL has."""
     model = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.5, criterion="topk"))
@@ -86,7 +86,7 @@ def own_rows(count=12):
     return Dataset.from_dict({"words": [row["text"] for row in texts(count)]})
 
 
-@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("relative", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_rows_that_only_an_own_collator_reads(tmp_path, tokenizer, relative):
     """It calibrates on what the collator gives, without padding, and trains on it."""
 
@@ -140,7 +140,7 @@ def test_rows_that_only_an_own_collator_reads(tmp_path, tokenizer, relative):
     ],
     ids=["all masked", "only the first counts", "one token", "no sparsity"],
 )
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_error_before_the_first_step_where_nothing_can_be_learned(
     tmp_path,
     tokenizer,

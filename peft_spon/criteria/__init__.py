@@ -5,6 +5,9 @@
 One file per method; to add one, write its file and list it here, or, outside of this package, [`register_criterion`].
 """
 
+from dataclasses import fields
+from typing import Any
+
 from .base import Criterion, Spec, State
 from .larosa import LaRoSA
 from .magnitude import Magnitude
@@ -50,6 +53,30 @@ def register_criterion(criterion: type[Criterion]) -> type[Criterion]:
     return criterion
 
 
+def make_criterion(name: str, dials: dict[str, Any]) -> Criterion:
+    """A criterion from its name and dials.
+
+    Raises:
+        `ValueError`: unknown criterion, or a dial that it does not have.
+    """
+    if not isinstance(name, str) or name not in CRITERIA:
+        raise ValueError(
+            f"criterion is {name!r}; use one of {', '.join(CRITERIA)}. (One from another package has to be registered "
+            "first: import that package.)"
+        )
+    cls = CRITERIA[name]
+    if not isinstance(dials, dict):
+        raise ValueError(f"criterion_kwargs is {dials!r}; use a dictionary of dials.")
+    known = {f.name for f in fields(cls)}
+    unknown = set(dials) - known
+    if unknown:
+        raise ValueError(
+            f"criterion_kwargs has {sorted(unknown)} but the dials of criterion {name!r} are "
+            f"{sorted(known) or 'none'}; drop or rename them."
+        )
+    return cls(**dials)
+
+
 __all__ = [
     "CRITERIA",
     "QUANTILE_POINTS",
@@ -67,6 +94,7 @@ __all__ = [
     "entries_kept",
     "keep_above",
     "keep_top_k",
+    "make_criterion",
     "register_criterion",
     "threshold_at",
 ]

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How good a sparse model is: dense against sparse against sparse with anchors, on the same text."""
 
-from .metrics import EvaluationResult, Scores, evaluate
+from .continuations import Agreement
+from .metrics import EvaluationResult, PositionScores, Scores, evaluate
 
 
-__all__ = ["EvaluationResult", "Scores", "evaluate"]
+__all__ = ["Agreement", "EvaluationResult", "PositionScores", "Scores", "evaluate"]

@@ -36,16 +36,20 @@ class Speed:
 class _Clock(StoppingCriteria):
     """Never stops; notes when each token was there."""
 
-    def __init__(self):
-        self.times = [time.perf_counter()]
+    def __init__(self, now: Callable[[], float]):
+        self.now, self.times = now, [now()]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        self.times.append(time.perf_counter())
+        self.times.append(self.now())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def measure_speed(
-    models: Mapping[str, Callable[[], nn.Module]], input_ids: torch.Tensor, new_tokens: int = 32, rounds: int = 5
+    models: Mapping[str, Callable[[], nn.Module]],
+    input_ids: torch.Tensor,
+    new_tokens: int = 32,
+    rounds: int = 5,
+    now: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Speed]:
     """
     Time per token of greedy `generate`, the models taking turns, so that a busy machine slows all of them.
@@ -56,6 +60,7 @@ def measure_speed(
         input_ids (`torch.Tensor`): the prompts, shape (rows, tokens).
         new_tokens (`int`, *optional*, defaults to 32): of each turn; end-of-text tokens are passed over.
         rounds (`int`, *optional*, defaults to 5): turns of each; there is one more, which is not counted.
+        now (`Callable`, *optional*): the clock, in seconds; `time.process_time` with one thread, on a busy machine.
 
     Returns:
         `dict[str, Speed]`: by name.
@@ -64,7 +69,7 @@ def measure_speed(
     greedy = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None)
     for turn in range(rounds + 1):
         for name, model in models.items():
-            ready, clock = model(), _Clock()
+            ready, clock = model(), _Clock(now)
             mask = torch.ones_like(input_ids)
             ready.generate(
                 input_ids=input_ids, attention_mask=mask, generation_config=greedy, stopping_criteria=[clock]
