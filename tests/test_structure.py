@@ -70,6 +70,7 @@ LEVELS = {
     "resume": 4,
     "sensitivity": 4,
     "texts": 4,
+    "serving": 4,
     "trainer": 4,
     "trainer_config": 4,
     "cli": 5,
