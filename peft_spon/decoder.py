@@ -70,7 +70,7 @@ class Decoder:
         rows = [n for n in range(1, MOST_ROWS + 1) if self.fused is not None or skips(n, sparsifier.zeroed_share)]
         self.most_entries = len(rows) * sparsifier.n_in if is_served else 0
         self.tensors = [
-            (held, name, tensor, tensor._version)
+            (held, name, tensor, version_of(tensor))
             for module in made_of
             for held in (module._parameters, module._buffers)
             for name, tensor in held.items()
@@ -85,7 +85,7 @@ class Decoder:
         if self.weight.data_ptr() != self.address:
             return False
         for held, name, tensor, version in self.tensors:
-            if held.get(name) is not tensor or tensor._version != version:
+            if held.get(name) is not tensor or version_of(tensor) != version:
                 return False
         return True
 
@@ -136,7 +136,11 @@ class Decoding:
 
     def decode_step(self, x: torch.Tensor) -> torch.Tensor | None:
         """The layer's output where x is the input of a decode step that the decoder serves, else None."""
-        if torch.is_grad_enabled() or (running := self.running_now()) is None:
+        if (
+            torch.is_grad_enabled()
+            or torch.is_autocast_enabled(x.device.type)
+            or (running := self.running_now()) is None
+        ):
             return None
         decoder, is_compiling = self.decoder, torch.compiler.is_compiling()
         if decoder is None or decoder.running != running or not (is_compiling or decoder.is_fresh()):
@@ -174,6 +178,11 @@ class Decoding:
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.decoder = None
         super()._load_from_state_dict(*args, **kwargs)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Counts in-place changes; tensors made in inference mode have no counter."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def constant_bias(*parts: torch.Tensor | None) -> torch.Tensor | None:

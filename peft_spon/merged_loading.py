@@ -139,15 +139,20 @@ def read_entry(name: str, entry: dict[str, Any], n_in: int, n_out: int) -> tuple
 
 def find_problem(config: SponMergedConfig, layers: dict[str, SparseMixin], exact: bool) -> str | None:
     """What is wrong with layers that were just loaded: values not finite, or not those that were saved. Or None."""
-    for name, layer in layers.items():
-        own = layer.own_tensors()
-        is_finite = all(not value.is_meta and torch.isfinite(value).all() for value in own.values())
-        if not is_finite or (exact and tensors_checksum(own) != config.layers[name]["checksum"]):
-            return (
-                f"layer '{name}': {', '.join(own)} in the safetensors files are not those that were saved with this "
-                "config.json; one is missing, damaged, or of another model. Save the merged model again."
-            )
-    return None
+    problems = (state_problem(name, layer.own_tensors(), config.layers[name], exact) for name, layer in layers.items())
+    return next((problem for problem in problems if problem), None)
+
+
+def state_problem(name: str, own: dict[str, torch.Tensor], entry: dict[str, Any], exact: bool = True) -> str | None:
+    """The same of one layer: `own` are its tensors as they are in the files, by name, `entry` is its description."""
+    is_whole = own.keys() == set(entry["state"]) and not any(value.is_meta for value in own.values())
+    is_finite = is_whole and all(torch.isfinite(value).all() for value in own.values())
+    if is_finite and (not exact or tensors_checksum(own) == entry["checksum"]):
+        return None
+    return (
+        f"layer '{name}': {', '.join(entry['state'])} in the safetensors files are not those that were saved with "
+        "this config.json; one is missing, damaged, or of another model. Save the merged model again."
+    )
 
 
 def find_other_weight(model: PreTrainedModel, config: SponMergedConfig) -> str | None:

@@ -37,6 +37,16 @@ def qwen3():
     return build(tf.Qwen3ForCausalLM, config)
 
 
+def qwen2_with_biases():
+    """Its q, k and v have biases, which are 0 when a model is made; wide enough for the attention of servers."""
+    sizes = {**SMALL, "hidden_size": 128, "intermediate_size": 160, "num_key_value_heads": 2}
+    model = build(tf.Qwen2ForCausalLM, tf.Qwen2Config(**sizes, **SPECIAL))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.data.normal_()
+    return model
+
+
 def gemma():
     config = tf.GemmaConfig(**SMALL, **SPECIAL, intermediate_size=64, num_key_value_heads=1, head_dim=8)
     return build(tf.GemmaForCausalLM, config)

@@ -334,6 +334,29 @@ def test_a_layer_of_a_dtype_without_kernel_goes_on(calls):
     assert not calls
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_decides_about_the_dtype(kind):
+    model = model_of(kind)
+    prepared = copy.deepcopy(model)
+    prepared.prepare_for_decode()
+    x = torch.randn(1, 1, 32)
+    for a, b in zip(sites(model).values(), sites(prepared).values(), strict=True):
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            if a.sparsifier(None if kind == "merged" else "default").n_in == 32:
+                assert b(x).dtype == a(x).dtype
+                assert torch.allclose(b(x), a(x), rtol=0.02, atol=0.02)
+
+
+def test_inference_mode(calls):
+    wanted = tokens(adapter_model())
+    with torch.inference_mode():
+        model = adapter_model()
+        model.prepare_for_decode()
+        assert tokens(model).tolist() == wanted.tolist()
+    assert tokens(model).tolist() == wanted.tolist()
+    assert calls
+
+
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 def test_modes_hold(kind, calls):
     model = model_of(kind, prefill="dense")

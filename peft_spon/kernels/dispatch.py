@@ -130,7 +130,8 @@ def sparse_linear(
         sparsity (`float`, *optional*, defaults to 0.5): share of zeros to be expected in a row of z.
     """
     rows = z.numel() // z.shape[-1] if z.shape[-1] else 0
-    stored_transposed = weight.stride(0) == 1 and z.dtype == weight.dtype and z.dtype in ops.DTYPES
+    is_ours = z.dtype == weight.dtype and z.dtype in ops.DTYPES and not torch.is_autocast_enabled(z.device.type)
+    stored_transposed = is_ours and weight.stride(0) == 1
     differentiates = torch.is_grad_enabled() and (
         z.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
