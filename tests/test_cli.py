@@ -23,11 +23,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("jsonargparse")
 
-from peft_spon import SponConfig, SponTrainer, allocate, calibrate, evaluate  # noqa: E402
+from peft_spon import (  # noqa: E402
+    SponConfig,
+    SponTrainer,
+    allocate,
+    calibrate,
+    evaluate,
+    study,  # noqa: E402
+)
 from peft_spon.cli import main  # noqa: E402
 from peft_spon.cli.parser import COMMANDS, parse  # noqa: E402
 from peft_spon.environment import environment, environment_text, problems  # noqa: E402
-from peft_spon.evaluation import study  # noqa: E402
 from peft_spon.texts import read_data  # noqa: E402
 
 

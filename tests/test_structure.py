@@ -69,6 +69,7 @@ LEVELS = {
     "learning_rates": 4,
     "resume": 4,
     "sensitivity": 4,
+    "study": 4,
     "texts": 4,
     "serving": 4,
     "trainer": 4,

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from .. import calibration
+from .. import calibration, study
 from ..environment import environment
-from ..evaluation import measure_report, metrics, report_of, study, write_report
+from ..evaluation import measure_report, metrics, report_of, write_report
 from ..evaluation.measurements import about, versions
 from ..evaluation.speed import decode_sparsity, measure_speed
 from ..sites import resolve_sites, spon_layers

@@ -24,15 +24,15 @@ from peft import get_peft_model
 from torch import nn
 from transformers import PrinterCallback, set_seed
 
-from ..allocation import allocate
-from ..budget import METHODS
-from ..calibration import calibrate
-from ..config import SponConfig
-from ..criteria import CRITERIA
-from ..data import check_arguments, check_sizes, iter_batches
-from ..environment import environment
-from ..files import written_aside
-from .metrics import Scores, evaluate
+from .allocation import allocate
+from .budget import METHODS
+from .calibration import calibrate
+from .config import SponConfig
+from .criteria import CRITERIA
+from .data import check_arguments, check_sizes, iter_batches
+from .environment import environment
+from .evaluation.metrics import Scores, evaluate
+from .files import written_aside
 
 
 MEASURED = ("realised", "kl", "top1_agreement", "perplexity", "standard_error", "perplexity_ratio")
@@ -237,8 +237,8 @@ def train_anchors(model: nn.Module, ids: torch.Tensor, tokenizer: Any, seed: int
     """The default recipe, on these blocks in a random order."""
     from datasets import Dataset
 
-    from ..trainer import SponTrainer
-    from ..trainer_config import SponTrainingConfig
+    from .trainer import SponTrainer
+    from .trainer_config import SponTrainingConfig
 
     rows = ids.tolist()
     with tempfile.TemporaryDirectory() as folder:
