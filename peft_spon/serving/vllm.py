@@ -108,7 +108,7 @@ class SponServedConfig(QuantizationConfig):
 
     def write_counts(self) -> None:
         shares = {name: zeroed / seen for name, (seen, zeroed) in self.counted.items()}
-        sizes = {name: part.layer.weight.numel() for method in self.methods for name, part in method.named_parts()}
+        sizes = {part.name: part.layer.weight.numel() for method in self.methods for part in method.parts}
         total = sum(shares[name] * sizes[name] for name in shares) / sum(sizes[name] for name in shares)
         with open(os.environ[DEBUG], "w") as file:
             json.dump({"sparsity": total, "layer_sparsity": shares}, file)
@@ -221,11 +221,7 @@ class SponLinearMethod(UnquantizedLinearMethod):
         for name in {part for own in self.own.values() for part in own}:
             delattr(layer, name)
         self.own.clear()
-        if len(self.parts) > 1:  # laid out anew, each for itself
-            layer.weight.data = layer.weight.data.new_empty(0)
-
-    def named_parts(self) -> list[tuple[str, Part]]:
-        return [(part.name, part) for part in self.parts]
+        layer.weight.data = layer.weight.data.new_empty(0)  # the parts have it, laid out for their kernel
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         # The parts have the bias, where this process is to add it.
