@@ -107,7 +107,7 @@ def loaded(adapter, base="llama"):
 def test_help_names_every_command(call):
     code, out, _ = call("--help")
     assert code == 0
-    names = "demo calibrate allocate train evaluate compare report merge bench push env".split()
+    names = "demo calibrate allocate train evaluate compare report merge bench push serve env".split()
     assert list(COMMANDS) == names
     assert re.findall(r"^    (\w+)\b", out, re.M) == names
 
@@ -181,6 +181,7 @@ def test_errors_are_one_line_and_debug_shows_where(call, tmp_path):
             "no criterion 'x'",
         ),
         (["report", "--out", "new"], "Give --model and --data"),
+        (["serve", "--folder", "llama"], "llama"),
         (["push", "--folder", "llama", "--to", "a/b"], "neither a SPON adapter nor a merged model"),
         (["push", "--folder", "nowhere", "--to", "a/b"], "no folder nowhere"),
     ],

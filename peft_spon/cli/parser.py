@@ -32,6 +32,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "merge": ship.merge,
     "bench": measure.bench,
     "push": ship.push,
+    "serve": ship.serve,
     "env": ship.env,
 }
 

@@ -5,6 +5,7 @@
 Parameters are the flags, docstrings the help, and what is returned is the JSON; see `parser.py`.
 """
 
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -66,6 +67,25 @@ def merge(
     layers = len(sites(merged))
     print(f"The merged model is in {out}: {type(merged).__name__} with {layers} sparse layers.")
     return {"out": out, "model_class": type(merged).__name__, "sparse_layers": layers}
+
+
+def serve(folder: Path, arguments: str = "") -> dict[str, Any]:
+    """Check a merged folder, every bit of it, and start vLLM's server on it.
+
+    Examples:
+        peft-spon serve --folder merged
+        peft-spon serve --folder merged --arguments=--port=8001
+
+    Args:
+        folder: what peft-spon merge, or save_pretrained of a merged model, wrote.
+        arguments: those of `vllm serve`, in one string.
+    """
+    from ..serving import serve as serve_folder
+
+    status = serve_folder(folder, shlex.split(arguments))
+    if status:
+        raise OSError(f"vLLM ended with exit status {status}; what it printed says why.")
+    return {"folder": folder}
 
 
 def push(
