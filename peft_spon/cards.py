@@ -21,7 +21,17 @@ from .files import written_aside
 from .repair import REPAIR_LORA
 
 
+TITLE = "Resting Neurons, Active Insights: Robustifying Activation Sparsity in LLMs via Spontaneity"
 PAPER = "[Resting Neurons, Active Insights](https://arxiv.org/abs/2512.12744)"
+CITATION = f"""\
+@article{{xu2025spon,
+    title  = {{{TITLE}}},
+    author = {{Xu, Haotian and Yang, Jiannan and Gao, Tian and Weng, Tsui-Wei and Ma, Tengfei}},
+    year   = 2025,
+    eprint = {{arXiv:2512.12744}}
+}}"""
+# What stands between them goes from the card of a saved folder into that on the Hub.
+RESULTS, RESULTS_END = "<!-- results -->", "<!-- end of results -->"
 MARK = "<!-- peft_spon writes this card anew at every save; remove this line to keep your own. -->"
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -39,6 +49,7 @@ def adapter_card(
     auto_mapping: dict[str, str] | None = None,
     name: str | None = None,
     subfolder: str | None = None,
+    results: str | None = None,
 ) -> None:
     """Put what the adapter is and a snippet that loads it in the place of PEFT's empty template.
 
@@ -48,6 +59,7 @@ def adapter_card(
         auto_mapping (`dict[str, str]`, *optional*): PEFT's record of the base's class, if there is no task type.
         name (`str`, *optional*): by which users will load the adapter; default: the folder's own.
         subfolder (`str`, *optional*): in which the adapter is.
+        results (`str`, *optional*): Markdown, what was measured; default: what the folder's card says.
     """
     if (card := replaceable_card(folder)) is None:
         return without_local_base(folder)
@@ -74,10 +86,19 @@ def adapter_card(
         model = {loading}(base, {where})  # this folder, or its name on the Hub
         # model.set_sparsity(0.6)  # the dial: another sparsity needs no data
         ```
+
+        For fast decoding, and as one model without PEFT:
+
+        ```py
+        model.prepare_for_decode()  # generate() skips the weights of zeroed inputs from here on
+        merged = model.merge_and_unload()  # a transformers model; S stays active
+        merged.save_pretrained("merged")
+        ```
         """
     if config.task_type == "CAUSAL_LM":
         card.data.pipeline_tag = "text-generation"
-    _save(card, folder, text, "peft", config.base_model_name_or_path)
+    results = results_in(card) if results is None else results
+    _save(card, folder, text, "peft", config.base_model_name_or_path, results)
 
 
 def loading_lines(config: Any) -> tuple[str, str]:
@@ -121,13 +142,14 @@ def lora_card(folder: str | os.PathLike, config: Any, spon: Any, name: str | Non
     _save(card, folder, text, "peft", config.base_model_name_or_path)
 
 
-def merged_card(folder: str | os.PathLike, config: Any, name: str) -> None:
+def merged_card(folder: str | os.PathLike, config: Any, name: str, results: str | None = None) -> None:
     """Write the card of a merged model.
 
     Args:
         folder (`str`): where it is written; a card that somebody has written stays as it is.
         config (`PretrainedConfig`): of the merged model, with its `quantization_config`.
         name (`str`): by which users will load it: of its folder, or on the Hub.
+        results (`str`, *optional*): Markdown, what was measured; default: what the folder's card says.
     """
     if (card := replaceable_card(folder)) is None:
         return
@@ -148,11 +170,20 @@ def merged_card(folder: str | os.PathLike, config: Any, name: str) -> None:
 
         model = {architecture}.from_pretrained({quoted(name)})  # this folder, or its name on the Hub
         ```
+
+        For fast decoding:
+
+        ```py
+        model.prepare_for_decode()  # generate() skips the weights of zeroed inputs from here on
+        ```
         """
-    _save(card, folder, text, "transformers", config._name_or_path)
+    results = results_in(card) if results is None else results
+    _save(card, folder, text, "transformers", config._name_or_path, results)
 
 
-def trainer_card(folder: str | os.PathLike, config: Any, base: str | None, name: str) -> None:
+def trainer_card(
+    folder: str | os.PathLike, config: Any, base: str | None, name: str, results: str | None = None
+) -> None:
     """Put what the adapter is and a snippet that loads it into the card that TRL has written after a training.
 
     Args:
@@ -160,6 +191,7 @@ def trainer_card(folder: str | os.PathLike, config: Any, base: str | None, name:
         config (`SponConfig`): the adapter's configuration.
         base (`str`, *optional*): the base model's name or path.
         name (`str`): by which users will load the adapter.
+        results (`str`, *optional*): Markdown, what was measured.
     """
     base = public_name(base)
     about = (
@@ -180,13 +212,45 @@ def trainer_card(folder: str | os.PathLike, config: Any, base: str | None, name:
         model = {loading}(base, {quoted(name)})
         ```
 
+        For fast decoding, and as one model without PEFT:
+
+        ```py
+        model.prepare_for_decode()  # generate() skips the weights of zeroed inputs from here on
+        merged = model.merge_and_unload()  # a transformers model; S stays active
+        merged.save_pretrained("merged")
+        ```
+
         """
     )
+    quick_start += f"{framed(results)}\n" if results else ""
     path = Path(folder, "README.md")
     card = re.sub(r"This model is a fine-tuned version of .*\n", lambda _: about, path.read_text())
     card = re.sub(r"## Quick start\n.*?(?=## Training procedure)", lambda _: quick_start, card, flags=re.DOTALL)
     path.write_text(card)
     without_local_base(folder)
+
+
+def framed(results: str) -> str:
+    """Results as they stand in a card."""
+    return f"{RESULTS}\n## Results\n\n{results}\n{RESULTS_END}\n"
+
+
+def results_in(card: ModelCard) -> str:
+    """The results that a card of ours has, or nothing."""
+    found = re.search(f"{RESULTS}\n## Results\n\n(.*?)\n{RESULTS_END}", card.text, flags=re.DOTALL)
+    return found[1] if found and MARK in card.text else ""
+
+
+def show_results(folder: str | os.PathLike, results: str) -> None:
+    """Put results into the card of ours that a folder has; without one, or with somebody's own, nothing happens."""
+    path = Path(folder, "README.md")
+    if not path.exists() or MARK not in path.read_text(encoding="utf-8"):
+        return
+    card = ModelCard.load(path)
+    rest = re.sub(f"{RESULTS}\n.*?{RESULTS_END}\n", "", card.text, flags=re.DOTALL)
+    before, mark, after = rest.partition("## Citation\n")
+    card.text = f"{before}{framed(results)}\n{mark}{after}" if mark else f"{rest}\n{framed(results)}"
+    _write(card, folder)
 
 
 def keep_card_on_hub(model: nn.Module, write: Callable[[str, str], None]) -> None:
@@ -257,7 +321,9 @@ def _write(card: ModelCard, folder: str | os.PathLike) -> None:
         os.replace(aside / "README.md", Path(folder, "README.md"))
 
 
-def _save(card: ModelCard, folder: str | os.PathLike, text: str, library: str, base: str | None) -> None:
+def _save(
+    card: ModelCard, folder: str | os.PathLike, text: str, library: str, base: str | None, results: str = ""
+) -> None:
     card.data.library_name = library
     # First the one that PEFT has just written, of the model that is saved; the configuration may name another.
     named = [name for name in (card.data.base_model, base) if isinstance(name, str) and name and is_public(name)]
@@ -266,7 +332,8 @@ def _save(card: ModelCard, folder: str | os.PathLike, text: str, library: str, b
     if named and library == "peft":
         tags.add(f"base_model:adapter:{named[0]}")
     card.data.tags = sorted(tags)
-    card.text = f"{textwrap.dedent(text)}\n{MARK}\n"
+    cite = f"## Citation\n\n```bibtex\n{CITATION}\n```"
+    card.text = "\n".join([textwrap.dedent(text), *([framed(results)] if results else []), cite, "", MARK, ""])
     _write(card, folder)
 
 

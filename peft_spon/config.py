@@ -225,6 +225,8 @@ class SponConfig(PeftConfig):
         # Of the tensors to be saved with this configuration, and the modules_to_save among them; see SponModel.
         self._tensors_checksums: dict[str, str | None] = {}
         self._module_names: set[str] = set()
+        # What was measured of the adapter as it is saved, for its card.
+        self._results = ""
         # Of a load, see load_adapter: whether modules_to_save must have the shapes that they have in the model.
         self._sizes_are_fixed = False
         # Of the LoRAs beneath, by name.
@@ -253,7 +255,7 @@ class SponConfig(PeftConfig):
             super().save_pretrained(str(aside), **kwargs)
             os.replace(aside / CONFIG_NAME, Path(save_directory, CONFIG_NAME))
         self.checksums = None
-        adapter_card(save_directory, self, kwargs.get("auto_mapping_dict"))
+        adapter_card(save_directory, self, kwargs.get("auto_mapping_dict"), results=self._results)
 
     def _check_fields(self) -> None:
         """Compare with the checksum in the file; the one of the tensors waits for the tensors."""

@@ -32,6 +32,7 @@ from .config import check_version
 from .decode import prepare_for_decode, restore_from_decode
 from .files import move_into_place, written_aside
 from .prefill import follow_prompts, layers_with_prefill
+from .results import known_results
 from .sparse_linear import SparseMixin
 
 
@@ -254,7 +255,7 @@ def save_merged(
     hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "create_pr") if key in kwargs}
     with written_aside(folder) as aside:
         plain(model, aside, **(kwargs | unshared_state(model, kwargs.get("state_dict"))))
-        merged_card(aside, model.config, folder.name)
+        merged_card(aside, model.config, folder.name, known_results(model, None))
         if replaceable_card(folder) is None:  # somebody's own
             (aside / "README.md").unlink()
         move_into_place(aside, folder, "config.json", is_stale=weights_of(kwargs.get("variant")).fullmatch)

@@ -24,6 +24,7 @@ from .merged import prepare_saving
 from .modes import keep_switched_off
 from .peft_model import save_and_load_checked
 from .prefill import follow_prompts
+from .results import known_results
 from .sites import adapter_config, change_config, is_new, outer_modules, resolve_adapter, spon_layers
 from .sparse_linear import fold_scale
 from .taking_over import compile_in_place, earlier_spon_taken_out
@@ -277,6 +278,7 @@ class SponModel(OverLora, BaseTuner):
         }
         config._module_names = set(module_keys(model, adapter_name))
         config._lora_checksums = lora_checksums(model, found)
+        config._results = known_results(model, adapter_name)
         return found
 
     @classmethod

@@ -4,7 +4,6 @@
 
 import math
 import os
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +17,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .batches import calibration_data
+from .batches import calibration_data, first_batches, shows_progress
 from .calibration import calibrate
-from .cards import trainer_card
+from .cards import CITATION, TITLE, trainer_card
 from .comparison import Comparison
 from .config import SponConfig
 from .data import check_training_data
@@ -36,6 +35,7 @@ from .divergence import (
     this_moment,
     trained_parameters,
 )
+from .evaluation import measure_report, write_report
 from .layer import SponLayer
 from .learning_rates import lora_apart, parameter_groups
 from .lora import (
@@ -49,6 +49,7 @@ from .lora import (
 )
 from .losses import means, sums_by_row
 from .modes import differentiable, every_token_sparse
+from .results import known_results, remember_results
 from .resume import whole_checkpoint_for_all
 from .sites import adapter_config, resolve_adapter, spon_layers
 from .statistics import Removed, removed_by_s
@@ -57,6 +58,8 @@ from .trainer_config import SFTTrainer, SponTrainingConfig, check_arguments
 
 logger = logging.get_logger(__name__)
 
+# The page that `report_to_html` writes, and the tokens that it is measured on.
+REPORT, REPORT_TOKENS = "report.html", 8192
 # Tokens on which the scale of the learning rates is measured.
 SCALE_TOKENS = 2048
 DENSE_BROKEN = "and the dense model's log-likelihood is not finite either"
@@ -106,17 +109,9 @@ class SponTrainer(SFTTrainer):
     _tag_names = ["trl", "spon"]
     _name = "SPON"
     _paper = {
-        "title": "Resting Neurons, Active Insights: Robustifying Activation Sparsity in LLMs via Spontaneity",
+        "title": TITLE,
         "id": "2512.12744",
-        "citation": textwrap.dedent(
-            """\
-            @article{xu2025spon,
-                title  = {Resting Neurons, Active Insights: Robustifying Activation Sparsity in LLMs via Spontaneity},
-                author = {Xu, Haotian and Yang, Jiannan and Gao, Tian and Weng, Tsui-Wei and Ma, Tengfei},
-                year   = 2025,
-                eprint = {arXiv:2512.12744}
-            }"""
-        ),
+        "citation": CITATION,
     }
 
     def __init__(
@@ -145,6 +140,11 @@ class SponTrainer(SFTTrainer):
         self._has_own_collator = kwargs.get("data_collator") is not None
         super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)
         self.adapter_name = resolve_adapter(self.model, None)
+        if self.args.report_to_html and self.accelerator.num_processes > 1:
+            raise ValueError(
+                "report_to_html=True measures in one process, and this training has several; leave it out, and write "
+                "the report afterwards: peft_spon.evaluation.measure_report, or peft-spon report."
+            )
         self._choice_before = trainable_choice(self.model)
         if self.args.repair_lora:
             add_repair_lora(self.model, self.args.repair_lora)
@@ -208,6 +208,8 @@ class SponTrainer(SFTTrainer):
             self.model._is_accelerate_prepared = False
         output = super().train(*args, **kwargs)
         self._compare_with_start(output.metrics)
+        if self.args.report_to_html:
+            self._write_report()
         return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -291,6 +293,25 @@ class SponTrainer(SFTTrainer):
             )
         else:
             logger.info(f"KL to the dense model on {kind} data: {before:.4f} before, {after:.4f} after training")
+        text = (
+            f"KL to the dense model on {kind} data, in nats per token, S on every token: {before:.4f} before, "
+            f"{after:.4f} after {self.state.global_step} steps of training."
+        )
+        remember_results(self.model, self.adapter_name, text)
+
+    def _write_report(self) -> None:
+        """A page about the trained model, on held-out data if there is any, into the output folder."""
+        batches = first_batches(self, Comparison(self).data, REPORT_TOKENS, REPORT_TOKENS)
+        keys = ("input_ids", "attention_mask", "labels", "position_ids")
+        found = measure_report(
+            self.model,
+            [{key: batch[key] for key in keys if key in batch} for batch in batches],
+            self.processing_class,
+            adapter_name=self.adapter_name,
+            training=self.state.log_history,
+            progress=None if shows_progress(self) else False,
+        )
+        write_report(found, Path(self.args.output_dir, REPORT))
 
     # ---- optimisation --------------------------------------------------------------------------------------------
 
@@ -418,9 +439,11 @@ class SponTrainer(SFTTrainer):
             return
         config = adapter_config(self.model, self.adapter_name)
         base = config.base_model_name_or_path or self.model.config._name_or_path
-        trainer_card(
-            self.args.output_dir, config, base, self.hub_model_id or Path(self.args.output_dir).resolve().name
-        )
+        name = self.hub_model_id or Path(self.args.output_dir).resolve().name
+        results = known_results(self.model, self.adapter_name)
+        if results and self.args.report_to_html and Path(self.args.output_dir, REPORT).exists():
+            results += f"\n\nMore of it: [the whole report]({REPORT})."
+        trainer_card(self.args.output_dir, config, base, name, results)
 
 
 class _TrainingEvents(TrainerCallback):

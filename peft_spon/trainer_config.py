@@ -49,6 +49,9 @@ class SponTrainingConfig(SFTConfig):
             How often, evenly spread over the training, the thresholds are fitted anew to the activations of the
             sparse model as it is by then, on `calibration_tokens` of the training data. What a layer sees changes with
             the anchors before it, so this keeps the realised sparsity near the wanted one.
+        report_to_html (`bool`, *optional*, defaults to `False`):
+            After the last step measure a report, on held-out data if there is any, and write it as `report.html` into
+            `output_dir`; see docs/report.md. For trainings in one process.
 
     Defaults that differ from TRL's: `bf16` only where there is an accelerator, `ddp_find_unused_parameters=False`
     (every anchor is used in every step; set it to `True` for mixture-of-experts models).
@@ -90,6 +93,9 @@ class SponTrainingConfig(SFTConfig):
             "help": "How often, evenly spread over the training, the thresholds are fitted anew to the activations of "
             "the sparse model."
         },
+    )
+    report_to_html: bool = field(
+        default=False, metadata={"help": "Write a report of the trained model, report.html, into `output_dir`."}
     )
 
     def __post_init__(self):

@@ -44,41 +44,6 @@ def run_here(tmp_path, monkeypatch, capsys):
     logging.enable_progress_bar()
 
 
-LINES = [f"line {i} of a story" for i in range(400)]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "\n".join(LINES).encode(),  # no blank line
-        " ".join(LINES).encode(),  # no line at all
-        "".join(LINES).replace(" ", "").encode(),  # no white space
-        "\r\n\r\n".join(LINES).encode(),
-        "\n \n".join(LINES).encode(),
-        ("\n".join(LINES) + "\u00e9").encode("latin-1"),
-        "\n\n".join(LINES[:60]).encode(),
-    ],
-)
-def test_the_quickstart_reads_any_text_file(tmp_path, content, monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    quickstart = importlib.import_module("quickstart")
-    (tmp_path / "story.txt").write_bytes(content)
-    args = argparse.Namespace(dataset=str(tmp_path / "story.txt"))
-    train, held_out = quickstart.load_texts(args)
-    assert 4 < len(train) / len(held_out) < 10
-    assert max(map(len, train + held_out)) <= 4000
-    words = content.decode("utf-8", errors="ignore").split()
-    assert sum(len("".join(text.split())) for text in train + held_out) == sum(map(len, words)), "nothing is lost"
-
-
-def test_the_quickstart_refuses_a_file_without_text(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    quickstart = importlib.import_module("quickstart")
-    (tmp_path / "story.txt").write_text("\n\nOnce.\n" + " " * 2000)
-    with pytest.raises(SystemExit, match="holds 5 characters of text; give a file with 1,000 or more"):
-        quickstart.load_texts(argparse.Namespace(dataset=str(tmp_path / "story.txt")))
-
-
 def test_the_task_of_the_lora_examples(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     train, held_out = importlib.import_module("lora_task").task_texts(argparse.Namespace(task=None))

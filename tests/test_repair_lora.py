@@ -7,8 +7,9 @@ import torch
 from lora_models import ROUTES, lora_config, snapshot, spon_config
 from models import MODELS, calibrated, inputs, logits
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_lora_training import KillAt, Killed, rows, state, trainer_of
-from transformers import AutoModelForCausalLM
+from test_checkpoints import Killed
+from test_lora_training import rows, state, trainer_of
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from peft_spon import (
     SponConfig,
@@ -28,6 +29,15 @@ from peft_spon.repair import REPAIR_LORA
 
 
 FAMILIES = ("llama", "gpt2")
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
 
 
 def shaken(model):

@@ -48,6 +48,7 @@ LEVELS = {
     "modes": 2,
     "peft_model": 2,
     "prefill": 2,
+    "results": 2,
     "sites": 2,
     "taking_over": 2,
     "targets": 2,
@@ -61,15 +62,19 @@ LEVELS = {
     "batches": 4,
     "comparison": 4,
     "distillation": 4,
+    "environment": 4,
     "divergence": 4,
     "evaluation": 4,
     "greedy": 4,
     "learning_rates": 4,
     "resume": 4,
     "sensitivity": 4,
+    "study": 4,
+    "texts": 4,
     "serving": 4,
     "trainer": 4,
     "trainer_config": 4,
+    "cli": 5,
     "__init__": 5,
 }
 
@@ -137,7 +142,7 @@ def test_the_lowest_level_knows_neither_peft_nor_transformers():
 def test_import_is_light_and_a_missing_trl_is_named_with_the_pip_line():
     code = (
         "import sys, torch, transformers, peft; theirs = set(sys.modules); import peft_spon, peft_spon.kernels; "
-        "heavy = {'trl', 'matplotlib', 'pandas'} & {m.split('.')[0] for m in sys.modules}; "
+        "heavy = {'trl', 'matplotlib', 'pandas', 'jsonargparse'} & {m.split('.')[0] for m in sys.modules}; "
         "heavy |= {'triton'} & (set(sys.modules) - theirs); "  # torch imports triton itself where it is installed
         "heavy and sys.exit(f'imported {heavy}')\n"
         "sys.modules['trl'] = None\n"

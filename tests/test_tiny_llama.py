@@ -103,11 +103,11 @@ def test_sparsity_hurts_weighted_hurts_less_and_anchors_repair(base, tokenizer, 
 def test_allocation_takes_half_of_the_kl_away_for_nothing(base, tokenizer, texts):
     """Little data, and still: thresholds of 4,096 tokens hit the total, and 1,024 tokens tell the layers apart."""
     model = get_peft_model(base, SponConfig(sparsity=0.6, anchor_modules=[]))
-    calibrate(model, texts["train"], tokenizer, max_tokens=4096, **SIZE)
+    calibrate(model, list(texts["train"].values()), tokenizer, max_tokens=4096, **SIZE)
     kl, realised = {}, {}
     for method in ("uniform", "kl"):
-        allocate(model, texts["train"], tokenizer, method=method, max_length=256, max_tokens=1024)
-        result = evaluate(model, texts["held_out"], tokenizer, max_tokens=2048, **SIZE)
+        allocate(model, list(texts["train"].values()), tokenizer, method=method, max_length=256, max_tokens=1024)
+        result = evaluate(model, list(texts["held_out"].values()), tokenizer, max_tokens=2048, **SIZE)
         kl[method], realised[method] = result.sparse.kl, result.sparse.sparsity
     assert kl["kl"] < 0.5 * kl["uniform"]
     assert realised["kl"] == pytest.approx(realised["uniform"], abs=0.005)

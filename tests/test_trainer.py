@@ -21,7 +21,7 @@ from test_killed_saving import forked
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, dense_mode
+from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, dense_mode, evaluate
 from peft_spon.comparison import Comparison
 from peft_spon.distillation import without_dropout
 from peft_spon.divergence import trained_parameters
@@ -514,3 +514,29 @@ def test_attention_dropout_in_an_attribute_is_off_as_well():
         with without_dropout(model):
             assert torch.equal(model(**batch).logits, model(**batch).logits)
     assert model.model.layers[0].self_attn.attention_dropout == 0.5
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_report_and_the_results_in_the_card_come_with_the_training(packing, tmp_path, tokenizer):
+    options = {"packing": packing, "packing_strategy": "wrapped"}
+    trainer = make(tmp_path / "a", tokenizer, report_to_html=True, logging_steps=1, **options)
+    trainer.train()
+    trainer.save_model(tmp_path / "a")
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert all(title in page for title in (">Training<", ">Samples<", ">Where in the network<"))
+    result = evaluate(trainer.model, list(trainer.get_eval_dataloader()))
+    assert f"{result.anchored.kl:.3f}" in page
+    assert f"| repaired | {result.anchored.kl:.4f} |" in (tmp_path / "a" / "README.md").read_text()
+    trainer.create_model_card()
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert f"| repaired | {result.anchored.kl:.4f} |" in card
+    assert "[the whole report](report.html)" in card
+    assert card.index("## Results") < card.index("## Training procedure")
+
+    trainer = make(tmp_path / "b", tokenizer, **options)
+    metrics = trainer.train().metrics
+    assert not (tmp_path / "b" / "report.html").exists()
+    trainer.create_model_card()
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert f"{metrics['kl_before']:.4f} before, {metrics['kl_after']:.4f} after 4 steps" in card
+    assert "whole report" not in card

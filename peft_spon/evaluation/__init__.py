@@ -3,7 +3,18 @@
 """How good a sparse model is: dense against sparse against sparse with anchors, on the same text."""
 
 from .continuations import Agreement
+from .measurements import measure_report
 from .metrics import EvaluationResult, PositionScores, Scores, evaluate
+from .report import report_of, write_report
 
 
-__all__ = ["Agreement", "EvaluationResult", "PositionScores", "Scores", "evaluate"]
+__all__ = [
+    "Agreement",
+    "EvaluationResult",
+    "PositionScores",
+    "Scores",
+    "evaluate",
+    "measure_report",
+    "report_of",
+    "write_report",
+]

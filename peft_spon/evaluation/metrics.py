@@ -3,6 +3,7 @@
 """KL to dense, top-1 agreement, perplexity, greedy continuations and realised sparsity of a sparse model."""
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +18,11 @@ from ..head import BeforeHead
 from ..lora import active_lora, model_inside, repair_lora
 from ..losses import CHUNK_ELEMENTS, Distillation, compare_logits, perplexity
 from ..modes import dense_mode, evaluation_mode, every_token_sparse, without_anchors
+from ..results import remember_results
 from ..sites import resolve_sites
 from ..statistics import Zeros
 from .continuations import Agreement, Prompts, agreement
+from .report import report_of, results_text, write_report
 
 
 # A chunk's fp32 logits take at most this share of the head's own bytes: several are alive at a time.
@@ -130,6 +133,10 @@ class EvaluationResult:
                 lines.append(f"{name}: {row.continuations}")
         return "\n".join(lines)
 
+    def to_html(self, path: str | os.PathLike) -> None:
+        """Write a page of these results, one file that needs no other; [`measure_report`] makes a fuller one."""
+        write_report(report_of(self), path)
+
     def layer_table(self) -> str:
         """Realised sparsity of every layer, one line each."""
         width = max(len(name) for name in self.layer_sparsity)
@@ -219,6 +226,19 @@ def _by_position(last: _Tokens, dense: _Tokens, positions: torch.Tensor) -> list
     return found
 
 
+@contextmanager
+def running(model: nn.Module, mode: str, every_token: bool = True) -> Iterator[None]:
+    """`with running(model, "sparse"):` the model runs that way: "dense", "sparse", or "anchored"."""
+    with ExitStack() as stack:
+        if mode == "dense":
+            stack.enter_context(dense_mode(model))
+        elif every_token:
+            stack.enter_context(every_token_sparse(model))
+        if mode == "sparse":
+            stack.enter_context(without_anchors(model))
+        yield
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -275,25 +295,13 @@ def evaluate(
     tokens = {mode: _Tokens(whose) for mode, whose in modes.items()}
     zeros = {mode: Zeros(layers, name) for mode in modes if mode != "dense"}
 
-    @contextmanager
-    def running(mode: str) -> Iterator[None]:
-        """`with running("sparse"):` the model runs that way."""
-        with ExitStack() as stack:
-            if mode == "dense":
-                stack.enter_context(dense_mode(model))
-            elif every_token:
-                stack.enter_context(every_token_sparse(model))
-            if mode == "sparse":
-                stack.enter_context(without_anchors(model))
-            yield
-
     before_head = BeforeHead(model_inside(model))
     before_head.forward = model
 
     def predictions(mode: str, inputs: Batch, counted: torch.Tensor) -> torch.Tensor:
         """Hidden states or logits that predict the counted labels: (tokens, ...)."""
         with ExitStack() as stack:
-            stack.enter_context(running(mode))
+            stack.enter_context(running(model, mode, every_token))
             if mode in zeros:
                 zeros[mode].start_batch(inputs)
                 stack.enter_context(zeros[mode])
@@ -312,7 +320,7 @@ def evaluate(
             labels, shift = _labels(model, inputs)
             inputs = _without_loss(model, inputs)
             before_head.lean = before_head.lean and "labels" not in inputs
-            with running("dense"):
+            with running(model, "dense"):
                 before_head.look((), inputs)
             counted, dense = labels != -100, None
             # Of hidden states all are kept, so that the dense model's logits are made once; of logits, those of two.
@@ -328,7 +336,9 @@ def evaluate(
             bar.update(count_tokens(batch))
         if not any(len(part) for part in rows):
             raise ValueError("The data has no token to predict: every label is -100 or every text has one token.")
-        compared = prompts.continued(model, modes, running, batch_size, progress)
+        compared = prompts.continued(
+            model, modes, lambda mode: running(model, mode, every_token), batch_size, progress
+        )
     first = next(iter(layers.values())).settings(name).prefill
     every = every_token or first == "sparse"
     last = "anchored" if has_anchors else "sparse"
@@ -343,7 +353,7 @@ def evaluate(
         )
         for mode, found in tokens.items()
     }
-    return EvaluationResult(
+    result = EvaluationResult(
         dense=scores["dense"],
         sparse=scores["sparse"],
         anchored=scores.get("anchored"),
@@ -352,6 +362,8 @@ def evaluate(
         layer_sparsity=zeros[last].by_layer(),
         by_position=_by_position(tokens[last], tokens["dense"], torch.cat(positions)),
     )
+    remember_results(model, name, results_text(report_of(result)))
+    return result
 
 
 def _chunks(

@@ -11,6 +11,9 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, StoppingCriteria
 
+from ..sites import resolve_sites
+from ..statistics import Zeros
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -82,3 +85,23 @@ def measure_speed(
         name: Speed(statistics.median(steps[name]), statistics.median(prompts[name]), len(input_ids))
         for name in models
     }
+
+
+@torch.no_grad()
+def decode_sparsity(model: nn.Module, input_ids: torch.Tensor, steps: int = 24) -> float:
+    """
+    Share of the weights of the sparse layers that greedy decode steps do not need.
+
+    Args:
+        model (`torch.nn.Module`): with a SPON adapter, or merged.
+        input_ids (`torch.Tensor`): the prompts, shape (rows, tokens).
+        steps (`int`, *optional*, defaults to 24): tokens after the first.
+    """
+    name, found = resolve_sites(model, None)
+    outputs = model(input_ids=input_ids, use_cache=True)
+    with Zeros(found, name) as zeros:
+        for _ in range(steps):
+            batch = {"input_ids": outputs.logits[:, -1:].argmax(-1)}
+            zeros.start_batch(batch)
+            outputs = model(**batch, past_key_values=outputs.past_key_values, use_cache=True)
+    return zeros.overall()
