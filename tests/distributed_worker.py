@@ -72,7 +72,7 @@ def train(out: Path, options: dict) -> None:
             "optim": "sgd",
             # A last-bit difference of an activation can move it to another bin of a histogram.
             "recalibrations": 0,
-            "learning_rate": 30.0,
+            "learning_rate": 300.0,
             "gain_learning_rate": 10.0,
             "per_device_train_batch_size": 8 // world,
             "per_device_eval_batch_size": 8 // world,

@@ -590,4 +590,4 @@ def test_demo_does_the_whole_job_as_a_process(process, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "logits of the new process equal ours: True" in done.stdout
     assert (tmp_path / "d" / "adapter_model.safetensors").exists()
-    assert re.findall(r"^## (\d)", done.stdout, re.M) == list("12345678")
+    assert re.findall(r"^## (\d)", done.stdout, re.M) == list("123456789")
