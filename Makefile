@@ -40,7 +40,7 @@ test: $(VENV)/.installed $(QUANT)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 	$(if $(ARGS),,PYTHONPATH=$(QUANT) $(BIN)/python -m pytest tests/test_quantized.py)
 
-# All but the tests marked slow (processes started or killed, compilations, whole examples): under 2 minutes on 2 cores.
+# All but the tests marked slow (trainings, other processes, whole examples): about 2.5 minutes on 2 cores.
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
 

@@ -112,6 +112,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "key",
@@ -136,6 +137,7 @@ def test_a_tensor_of_the_base_is_refused(folder, way, key):
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_without_prefix_or_with_a_wrapper_of_torch_compile_it_is_refused_as_well(folder, way):
     for key in ("lm_head.weight", "_orig_mod.lm_head.weight", "base_model.model._orig_mod.lm_head.weight"):
@@ -156,6 +158,7 @@ def test_a_tensor_that_is_the_bases_own_does_no_harm(folder, way):
     WAYS[way](folder)[0]()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", sorted(WAYS.keys() - {"set_peft_model_state_dict"}))
 @pytest.mark.parametrize("folder", ["modules"], indirect=True)
 @pytest.mark.parametrize(
@@ -196,6 +199,7 @@ def test_a_module_of_another_shape_is_refused_unless_that_is_wanted(folder):
     assert model.get_output_embeddings().weight.shape == (VOCAB, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["modules"], indirect=True)
 @pytest.mark.parametrize("way", WAYS)
 def test_whole_files_load(folder, way):
@@ -236,6 +240,7 @@ def test_one_flipped_bit_over_an_existing_adapter_is_refused(folder, has_run):
         model.load_adapter(folder, "default")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

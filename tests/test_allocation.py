@@ -51,6 +51,7 @@ def total(model):
     return sum(weights[name] * share for name, share in shares(model).items()) / sum(weights.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["kl", "greedy", "uniform"])
 def test_the_budget_is_met_to_the_weight_and_the_dial_keeps_the_shape(family, method):
     if method == "greedy" and family in ("gemma", "qwen3", "t5", "opt", "bert"):
@@ -110,6 +111,7 @@ def test_the_sensitivity_is_that_of_its_definition():
             torch.testing.assert_close(torch.tensor(found[name]["curve"]), squares / 12, rtol=1e-2, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
 def test_every_criterion_and_both_ways_of_an_uncalibrated_adapter(criterion):
     model = get_peft_model(MODELS["llama"](), SponConfig(criterion=criterion))
@@ -182,6 +184,7 @@ def test_floor_and_cap_are_dials_and_bytes_a_budget():
     assert total(model) != pytest.approx(0.5, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_greedy_takes_the_layer_that_hurts_its_block_least_per_weight():
     model = adapted()
     quiet(model, batches(2), method="greedy")
@@ -368,6 +371,7 @@ def test_lora_beneath_bf16_and_offloaded_layers(llama):
         assert shares(offloaded)[name] == pytest.approx(share, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_compiled_part_is_seen_as_it_runs():
     wanted, model = adapted(), adapted()
     calibrate(wanted, batches(), progress=False)
@@ -391,6 +395,7 @@ def _allocate_in_process(rank, port, queue):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_with_half_the_data_each_equal_one_with_all():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -327,6 +327,7 @@ def pictures(count):
     return torch.randn(count, 3, 16, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [whisper, vit, wav2vec2, llava, bert_from_embeddings])
 def test_any_batch_that_the_model_takes(make):
     """The thresholds are the quantiles of what the layers see, whatever the model reads."""

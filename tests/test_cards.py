@@ -67,6 +67,7 @@ def change(model, how):
         next(p for name, p in model.named_parameters() if "lora_B" in name).data += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["anchor", "gain", "threshold", "sparsity", "lora"])
 @pytest.mark.parametrize("criterion", ["weighted", "topk"])
 def test_results_of_another_model_are_not_in_the_card(criterion, how, tmp_path):
@@ -129,6 +130,7 @@ def test_a_page_beside_a_card_is_linked_from_it(tmp_path):
     assert not (tmp_path / "none" / "README.md").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 def test_all_snippets_run(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -75,6 +75,7 @@ def killed(request, tmp_path_factory, tokenizer):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["the last", pytest.param("by name", marks=pytest.mark.slow)])
 def test_the_last_whole_checkpoint_is_resumed(tmp_path, tokenizer, straight, caplog, killed, how):
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)

@@ -287,6 +287,7 @@ def load_equal(a, b):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_allocate_spreads_as_the_function_does_and_goes_on_where_it_was(result, call, tmp_path, monkeypatch):
     arguments = ["allocate", "--model", "adapter", "--data", "train.txt", "--max-length", "16", "--max-tokens", "256"]
     found = result(*arguments, "--out", tmp_path / "a")
@@ -373,6 +374,7 @@ def test_train_goes_on_from_an_adapter_and_its_thresholds(result, tmp_path):
 # ---- evaluate, report, compare, bench ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_evaluate_gives_what_the_function_gives_for_adapters_and_merged_folders(result, tmp_path):
     expected = evaluate(
         loaded("adapter"),
@@ -412,6 +414,7 @@ def test_evaluate_writes_json_and_a_page_and_report_draws_it_again(call, tmp_pat
     assert "peft-spon evaluate --model adapter" in (tmp_path / "e.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["adapter", "merged"])
 def test_report_measures_and_writes_page_and_numbers(result, tmp_path, model):
     arguments = ["--data", "test.txt", "--max-tokens", "200", "--samples", "1", "--no-speed", *SIZE]

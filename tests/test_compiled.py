@@ -53,6 +53,7 @@ def config(**kwargs):
     return SponConfig(init_weights=False, task_type="CAUSAL_LM", **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_wrapping_a_compiled_base(way, tmp_path):
     plain = get_peft_model(MODELS["llama"](), config(modules_to_save=["lm_head"])).eval()

@@ -38,6 +38,7 @@ def poison(trainer, value=math.nan):
     first_layer(trainer).spon_anchor["default"].data.fill_(value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("step", [4, 2])
 def test_an_update_that_breaks_an_anchor_is_never_saved(tmp_path, tokenizer, value, step):
@@ -69,6 +70,7 @@ def test_short_runs_stop_as_well(tmp_path, tokenizer, steps):
     assert all(not layer.spon_anchor["default"].any() for layer in spon_layers(trainer.model).values())
 
 
+@pytest.mark.slow
 def test_anchors_and_thresholds_go_back_to_one_moment(tmp_path, tokenizer):
     """The best stretch ends at step 20; the thresholds are fitted anew at step 30, and the training breaks at 35."""
     trainer = make(tmp_path, tokenizer, max_steps=60, recalibrations=1)
@@ -119,6 +121,7 @@ def test_the_mark_is_part_of_the_checkpoint(tmp_path, tokenizer):
     assert resumed.state.global_step < 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held_out", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_before_a_resumed_training_is_before_its_first_step(tmp_path, tokenizer, held_out):
     def trained(resume=None):
@@ -132,6 +135,7 @@ def test_before_a_resumed_training_is_before_its_first_step(tmp_path, tokenizer,
     assert resumed["kl_after"] != pytest.approx(resumed["kl_before"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_a_mark_gets_one(tmp_path, tokenizer):
     make(tmp_path, tokenizer, save_strategy="steps", save_steps=2).train()
     path = tmp_path / "checkpoint-2" / "trainer_state.json"

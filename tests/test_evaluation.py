@@ -159,6 +159,7 @@ def variants():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "exactness"), variants())
 def test_the_scores_of_every_kind_of_head_are_those_of_the_models_own_logits(make, exactness, monkeypatch):
     monkeypatch.setattr(metrics, "MIN_CHUNK_ELEMENTS", 4 * VOCAB)  # chunks that do not fit the rows
@@ -184,6 +185,7 @@ def wide_t5():
     return tf.T5ForConditionalGeneration(config), {"labels": torch.randint(3, 97, (2, 32))}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("make", [wide_llama, wide_t5])
 def test_memory_is_that_of_a_forward_without_logits_and_a_little(make):
@@ -266,6 +268,7 @@ def continued(model, prompt, context):
     return ids[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [True, False])
 def test_greedy_continuations_are_compared(end, llama, monkeypatch):
     monkeypatch.setattr(continuations, "NEW_TOKENS", 12)

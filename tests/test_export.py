@@ -35,6 +35,7 @@ WAYS = [export, torch.jit.trace]
 ANY_LENGTH = [{}, {"prefill": 0.0}, {"anchor_space": "input", "criterion": "magnitude"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("config", ANY_LENGTH)
@@ -47,6 +48,7 @@ def test_right_for_every_length(way, merged, config):
         torch.testing.assert_close(exported(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [*WAYS, export_strict])
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("prefill", [0.5, "dense"])

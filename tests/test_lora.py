@@ -371,6 +371,7 @@ def test_a_process_without_peft_spon_loads_the_lora(tmp_path):
 # ---- merging -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", ["input", "output"])
 @pytest.mark.parametrize("family", CAUSAL)
 def test_merging_in_every_order_gives_the_same_function(family, space, route):

@@ -132,6 +132,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_lora_is_refused(damage, tmp_path):
     spon_then_lora().save_pretrained(tmp_path)

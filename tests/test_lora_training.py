@@ -65,6 +65,7 @@ def moved(before, model):
     return {"lora" if "lora_" in name else "spon" if "spon_" in name else "base" for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainable", "kinds"), [("lora", {"lora"}), ("anchors", {"spon"}), ("both", {"lora", "spon"})]
 )
@@ -103,6 +104,7 @@ restores_all = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "trainable", "name"),
     [

@@ -55,6 +55,7 @@ def generate(model, ids=PROMPT, tokens=14, **kwargs):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", pytest.param("opt", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("prefill", ["sparse", "dense", 0.5])
 def test_the_same_greedy_tokens_in_whatever_pieces_they_come(family, prefill):

@@ -167,6 +167,7 @@ def test_evaluate_shows_it_in_the_row_of_the_anchors():
 # ---- training ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [False, True])
 def test_the_teacher_is_the_dense_model_without_it_and_it_helps(task, tmp_path, tokenizer):
     kl, model = {}, None
@@ -189,6 +190,7 @@ def test_the_teacher_is_the_dense_model_without_it_and_it_helps(task, tmp_path, 
     assert trainable_choice(model) == "anchors"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_resumes_it_exactly(tmp_path, tokenizer):
     def start(folder):
         torch.manual_seed(0)
@@ -252,6 +254,7 @@ def test_settings_that_cannot_be_are_refused(field, value, tmp_path):
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("task", [False, True])

@@ -55,6 +55,7 @@ def first_run(base, name="default", **kwargs):
     return trained(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("name", ["default", "second"])

@@ -208,6 +208,7 @@ def test_a_cut_off_file_is_named(folder):
         serve(folder)
 
 
+@pytest.mark.slow
 def test_only_the_plug_in_itself_imports_vllm():
     code = "import sys; sys.modules['vllm'] = None; import peft_spon.serving.parts, peft_spon.serving.folder"
     subprocess.run([sys.executable, "-c", code], check=True)

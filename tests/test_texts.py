@@ -92,6 +92,7 @@ def test_a_text_of_both_parts_is_held_out(tmp_path):
         read_divided(str(tmp_path / "a.jsonl"), str(tmp_path / "a.jsonl"), text_column="body")
 
 
+@pytest.mark.slow
 def test_the_standard_library_is_split_by_file():
     train, held_out = read_data(STDLIB), read_data(STDLIB, held_out=True)
     assert train == list(stdlib_texts("train").values())

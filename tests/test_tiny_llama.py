@@ -100,6 +100,7 @@ def test_sparsity_hurts_weighted_hurts_less_and_anchors_repair(base, tokenizer, 
     assert 0.58 < ours.anchored.sparsity < 0.62
 
 
+@pytest.mark.slow
 def test_allocation_takes_half_of_the_kl_away_for_nothing(base, tokenizer, texts):
     """Little data, and still: thresholds of 4,096 tokens hit the total, and 1,024 tokens tell the layers apart."""
     model = get_peft_model(base, SponConfig(sparsity=0.6, anchor_modules=[]))

@@ -366,6 +366,7 @@ def test_divergence_stops_training_with_the_best_anchors(tmp_path, tokenizer):
     assert Comparison(trainer).mean_kl("KL") < 2 * trainer._watch.start
 
 
+@pytest.mark.slow
 def test_held_out_kl_before_and_after(tmp_path, tokenizer, caplog):
     worse = make(tmp_path, tokenizer, max_steps=15, learning_rate=5.0).train().metrics
     assert worse["kl_after"] > worse["kl_before"]
@@ -516,6 +517,7 @@ def test_attention_dropout_in_an_attribute_is_off_as_well():
     assert model.model.layers[0].self_attn.attention_dropout == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_report_and_the_results_in_the_card_come_with_the_training(packing, tmp_path, tokenizer):
     options = {"packing": packing, "packing_strategy": "wrapped"}

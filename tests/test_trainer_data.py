@@ -19,6 +19,7 @@ def alarms(caplog):
     return [record.message for record in caplog.records if "WORSE" in record.message]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -65,6 +66,7 @@ def test_held_out_data_without_a_label_is_not_compared_on(tmp_path, tokenizer, c
     assert not alarms(caplog)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_noise_on_the_embeddings_is_that_of_the_teacher(tmp_path, tokenizer, accumulation):
     """Where S zeroes next to nothing the KL is next to nothing, whatever the noise."""
