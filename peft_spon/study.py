@@ -31,7 +31,7 @@ from .config import SponConfig
 from .criteria import CRITERIA
 from .data import check_arguments, check_sizes, iter_batches
 from .environment import environment
-from .evaluation.metrics import Scores, evaluate
+from .evaluation import Scores, evaluate
 from .files import written_aside
 
 

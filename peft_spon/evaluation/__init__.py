@@ -4,8 +4,9 @@
 
 from .continuations import Agreement
 from .measurements import measure_report
-from .metrics import EvaluationResult, PositionScores, Scores, evaluate
+from .metrics import evaluate
 from .report import report_of, write_report
+from .scores import EvaluationResult, PositionScores, Scores
 
 
 __all__ = [
