@@ -62,6 +62,7 @@ LEVELS = {
     "batches": 4,
     "comparison": 4,
     "distillation": 4,
+    "distilling": 4,
     "environment": 4,
     "divergence": 4,
     "evaluation": 4,
