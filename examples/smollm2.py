@@ -41,6 +41,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--method", default="kl", help="kl, greedy or uniform: how the sparsity is spread")
     parser.add_argument("--steps", type=int, default=150, help="training steps of 2 blocks")
+    parser.add_argument("--repair-lora", type=int, default=0, help="rank of a LoRA trained with the anchors")
     parser.add_argument("--block", type=int, default=512, help="tokens per block")
     parser.add_argument("--eval-tokens", type=int, default=16384)
     parser.add_argument("--seed", type=int, default=0)
@@ -111,6 +112,7 @@ def main() -> None:
         args=SponTrainingConfig(
             output_dir=str(args.out / "trainer"),
             max_steps=args.steps,
+            repair_lora=args.repair_lora,
             per_device_train_batch_size=2,
             max_length=args.block,
             logging_steps=min(10, args.steps),

