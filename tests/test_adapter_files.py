@@ -284,6 +284,7 @@ def train(model, out, **kwargs):
     return trainer
 
 
+@pytest.mark.slow
 def test_resuming_from_a_damaged_checkpoint_is_refused(tmp_path):
     train(adapter(), tmp_path / "out")
     checkpoint = tmp_path / "out" / "checkpoint-2"

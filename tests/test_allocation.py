@@ -77,6 +77,7 @@ def test_the_budget_is_met_to_the_weight_and_the_dial_keeps_the_shape(family, me
     assert set(shares(model).values()) == {0.4}, "a pattern of one's own ends the allocation"
 
 
+@pytest.mark.slow
 def test_the_sensitivity_is_that_of_its_definition():
     """c of every token, sparsity and layer by differences of log p of the same sample; norms and softmax are fp32."""
     model = adapted().double()

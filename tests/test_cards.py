@@ -38,6 +38,7 @@ def check_results(text, result):
     assert f"on {result.tokens:,} tokens" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 def test_results_are_in_the_card_once_they_are_known(kind, tmp_path):
     model = adapter()

@@ -90,6 +90,7 @@ def test_the_last_whole_checkpoint_is_resumed(tmp_path, tokenizer, straight, cap
     assert sorted(path.name for path in tmp_path.glob("*checkpoint-*")) == ["checkpoint-6", "incomplete-checkpoint-4"]
 
 
+@pytest.mark.slow
 def test_a_state_that_is_cut_off_is_not_whole(folder, tokenizer, straight):
     for step in (4, 6):
         cut(folder / f"checkpoint-{step}" / "trainer_state.json")
@@ -121,6 +122,7 @@ def test_where_no_checkpoint_is_whole_that_is_said(tmp_path, tokenizer):
     assert (tmp_path / "checkpoint-6" / "trainer_state.json").exists()
 
 
+@pytest.mark.slow
 def test_whole_checkpoints_and_other_folders_are_left_alone(folder, tokenizer):
     before = sorted(path.name for path in folder.iterdir())
     resumed = make(folder, tokenizer, **OPTIONS)

@@ -112,6 +112,7 @@ def test_help_names_every_command(call):
     assert re.findall(r"^    (\w+)\b", out, re.M) == names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_help_of_a_command_says_what_every_flag_is_and_has_examples_that_parse(name, call):
     code, out, _ = call(name, "--help")
@@ -249,6 +250,7 @@ def test_the_commands_of_the_documentation_are_accepted(tmp_path, monkeypatch):
 # ---- calibrate, allocate, train ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
 def test_calibrate_saves_what_the_function_finds(result, tmp_path, base):
     found = result(
@@ -272,6 +274,7 @@ def test_calibrate_turns_the_dial_of_an_adapter_and_keeps_its_anchors(result, tm
     assert SponConfig.from_pretrained(tmp_path / "a").sparsity == 0.3
 
 
+@pytest.mark.slow
 def test_settings_of_a_file_and_flags_over_them(result, tmp_path):
     config = {"model": "llama", "data": ["train.txt", "test.txt"], "sparsity": 0.4, "max_length": 16}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({**config, "on_sparse": True, "out": str(tmp_path / "a")}))

@@ -200,6 +200,7 @@ def test_adapters_load_with_the_same_logits(criterion, tmp_path):
     assert torch.equal(logits(loaded, "llama"), logits(model, "llama"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", EVERY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_folders_load_with_the_same_logits(criterion, dtype, tmp_path):

@@ -92,6 +92,7 @@ def test_layers_compute_the_same(criterion, kind, calls):
     assert len(calls) == len(sites(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", sorted(GENERATE))
 def test_generated_tokens_are_the_same(family, kind, calls):
@@ -139,6 +140,7 @@ def test_narrow_dtypes(kind, dtype, calls):
     assert len(calls) == len(sites(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 40])
 @pytest.mark.parametrize(("criterion", "sparsity", "most"), [("weighted", 0.5, 8), ("topk", 0.5, 2), ("topk", 0.9, 8)])
 def test_batches(rows, criterion, sparsity, most, calls):
@@ -310,6 +312,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_after_it_are_followed(change, calls):
     plain, prepared = adapter_model(), adapter_model()

@@ -60,6 +60,7 @@ def test_what_breaks_after_the_last_update_is_noticed_too(tmp_path, tokenizer):
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, pytest.param(3, marks=pytest.mark.slow), 15])
 def test_short_runs_stop_as_well(tmp_path, tokenizer, steps):
     trainer = make(tmp_path, tokenizer, max_steps=steps, learning_rate=150.0 / steps)

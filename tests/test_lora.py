@@ -276,6 +276,7 @@ def test_recalibration_after_lora_is_one_call():
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CAUSAL)
 def test_two_canonical_folders(family, route, tmp_path):
     model = route(family)

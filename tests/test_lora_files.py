@@ -64,6 +64,7 @@ def refuses(folder, message, *args, **kwargs):
 # ---- what belongs together ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields", [{}, {"use_dora": True, "modules_to_save": ["lm_head"]}], ids=["lora", "dora, head"]
 )

@@ -81,6 +81,7 @@ def test_sft_trainer_trains_what_was_chosen(trainable, kinds, tmp_path, tokenize
     assert torch.equal(logits(again, "llama"), logits(trainer.model.eval(), "llama"))
 
 
+@pytest.mark.slow
 def test_spon_trainer_distils_over_a_frozen_lora(tmp_path, tokenizer):
     torch.manual_seed(0)
     lora = get_peft_model(MODELS["llama"](), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
@@ -179,6 +180,7 @@ def test_a_lora_model_without_spon_is_told_what_to_do(tmp_path, tokenizer):
         trainer_of("spon", lora, tmp_path, tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spon", "lora"), [("default", "task"), ("anchors", "default")])
 def test_the_best_checkpoint_is_that_of_both(spon, lora, tmp_path, tokenizer):
     torch.manual_seed(0)

@@ -35,6 +35,7 @@ def auto_class(family):
     return {"bert": tf.AutoModelForMaskedLM, "t5": tf.AutoModelForSeq2SeqLM}.get(family, tf.AutoModelForCausalLM)
 
 
+@pytest.mark.slow
 def test_save_and_load_give_the_same_bits(family, tmp_path):
     merged = merged_model(family)
     wanted = logits(merged, family)

@@ -45,6 +45,7 @@ def state(model):
     return switched, [parameter.requires_grad for parameter in model.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("first", BLOCKS)
 @pytest.mark.parametrize("second", BLOCKS)

@@ -62,6 +62,7 @@ MAKERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(MAKERS))
 def test_dpo_begins_at_ln_2_and_trains_away_from_its_start(tmp_path, tokenizer, kind):
     model = MAKERS[kind]()

@@ -167,6 +167,7 @@ def test_saved_adapter_loads_with_peft(tmp_path, tokenizer):
     assert torch.equal(logits(scope["model"].eval(), "llama"), logits(trainer.model, "llama"))
 
 
+@pytest.mark.slow
 def test_resume_gives_the_anchors_of_an_uninterrupted_run(tmp_path, tokenizer):
     straight = make(tmp_path / "a", tokenizer, max_steps=6, save_strategy="steps", save_steps=3)
     straight.train()
@@ -269,6 +270,7 @@ def test_the_rates_rise_over_a_tenth_of_the_steps_and_over_none_of_a_short_train
         SponTrainingConfig(str(tmp_path), use_cpu=True, warmup_share=1.0)
 
 
+@pytest.mark.slow
 def test_thresholds_are_refitted_to_the_sparse_model_during_training(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, max_steps=5, recalibrations=4)
     seen = []

@@ -46,6 +46,7 @@ def count_tokens(trainer):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}], ids=str
 )
