@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 import yaml
-from models import MODELS, VOCAB, calibrated
-from peft import get_peft_model
+from models import MODELS, SMALL, SPECIAL, VOCAB, build, calibrated
+from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft_spon import SponConfig, dense_mode, evaluate, without_anchors
 from peft_spon.sites import sites
@@ -141,7 +141,29 @@ def run(tasks):
 CONTEXTS = {"dense": dense_mode, "sparse": without_anchors, "anchored": lambda model: torch.no_grad()}
 
 
-def test_log_likelihoods_are_the_models_own(run, model):
+def gpt2():
+    """Positions of its own, and Conv1D."""
+    return calibrated(get_peft_model(MODELS["gpt2"](), SponConfig(sparsity=0.6, init_weights=False)))
+
+
+def tied(**config):
+    """Its output head, which is adapted, shares the weights of its embedding."""
+    sizes = {**SMALL, **SPECIAL, "intermediate_size": 64, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    base = build(LlamaForCausalLM, LlamaConfig(**sizes))
+    return calibrated(get_peft_model(base, SponConfig(sparsity=0.6, init_weights=False, **config)))
+
+
+MAKERS = {
+    "llama": make_model,
+    "gpt2": gpt2,
+    "sparse head": lambda: tied(target_modules=["lm_head", "down_proj", "q_proj"]),
+    "saved head": lambda: tied(modules_to_save=["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_log_likelihoods_are_the_models_own(run, kind):
+    model = MAKERS[kind]()
     result = run(model, ["next_words", "choice"])
     found = {}
     for mode, context in CONTEXTS.items():
@@ -192,6 +214,11 @@ def test_answers_are_scored_and_their_length_is_said(run, model):
         assert scores.metrics["exact_match"] == pytest.approx(same)
         assert scores.answer_tokens == pytest.approx(sum(map(len, answers)) / len(PROMPTS))
         assert scores.answer_seconds > 0
+    model.prepare_for_decode()
+    prepared = run(model, "answers")
+    model.restore_from_decode()
+    for mode in CONTEXTS:
+        assert getattr(prepared, mode)["answers"].metrics == getattr(result, mode)["answers"].metrics
     assert result.dense["answers"].metrics["exact_match"] == 1
     assert result.sparse["answers"].metrics["exact_match"] < 1
 
@@ -271,6 +298,56 @@ def test_table_and_json(run, model):
     found = json.loads(json.dumps(result.to_dict()))
     assert found["sparse"]["next_words"]["sparsity"] == result.sparse["next_words"].sparsity
     assert isinstance(result, HarnessResult)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A base model with its tokenizer and an adapter, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(3)
+    MODELS["llama"]().save_pretrained("base")
+    plain_words().save_pretrained("base")
+    config = SponConfig(sparsity=0.6, init_weights=False, task_type="CAUSAL_LM")
+    calibrated(get_peft_model(AutoModelForCausalLM.from_pretrained("base"), config)).save_pretrained("adapter")
+    return tmp_path
+
+
+def test_the_command_writes_what_the_function_finds(folder, tasks, capsys):
+    pytest.importorskip("jsonargparse")
+    from peft_spon.cli import main
+
+    arguments = ["harness", "--model", "adapter", "--tasks", "next_words,answers", "--include-path", str(tasks)]
+    arguments += ["--limit", "2", "--batch-size", "2", "--out", "r.json", "--options", '{"bootstrap_iters": 0}']
+    assert main([*arguments, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    written = json.loads((folder / "r.json").read_text())
+    assert printed == written
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter")
+    names = ["next_words", "answers"]
+    hand = harness(model, plain_words(), names, include_path=tasks, limit=2, batch_size=2, bootstrap_iters=0)
+    for mode in CONTEXTS:
+        for task, scores in getattr(hand, mode).items():
+            assert written[mode][task]["metrics"] == scores.metrics
+            assert written[mode][task]["sparsity"] == scores.sparsity
+    assert written["model"]["criterion"] == "weighted"
+    assert written["command"].startswith("peft-spon harness --model adapter")
+    before = (folder / "r.json").read_bytes()
+    assert main(arguments) == 1
+    assert "r.json exists already" in capsys.readouterr().err
+    assert (folder / "r.json").read_bytes() == before
+    for wrong, message in (
+        (["--model", "base"], "base is a dense model"),
+        (["--model", "adapter", "--sparsity", "0"], "S is not active"),
+    ):
+        assert main(["harness", *wrong, "--tasks", str(tasks / "next_words.yaml")]) == 1
+        found = capsys.readouterr()
+        assert f"peft-spon harness: error: {message}" in found.err
+
+
+@pytest.mark.slow
+def test_an_unknown_task_is_named(run, model):  # lm_eval looks through all of its own
+    with pytest.raises(ValueError, match="lm_eval has no task 'gsm9k': `lm_eval ls tasks`"):
+        run(model, ["next_words", "gsm9k"])
 
 
 def test_wrong_arguments_are_named(run, model, tasks):

@@ -59,11 +59,19 @@ class _Seen(Zeros):
 class _LiveModel(HFLM):
     """lm_eval's view of a model that runs in one way, task after task, with an eye on S."""
 
+    is_set_up = False
+
     def __init__(self, model: nn.Module, tokenizer: Any, mode: str, seen: Callable[[], _Seen], **settings: Any):
         # A copy, as a tokenizer without a padding token is given one.
         super().__init__(pretrained=model, backend="causal", tokenizer=copy.deepcopy(tokenizer), **settings)
         self.mode, self.new_seen, self.tasks = mode, seen, {}
         self.is_checked = mode == "dense"
+        self.is_set_up = True
+
+    @property
+    def model(self) -> nn.Module | None:
+        """None until all is set up: lm_eval would tie its weights anew, which breaks an adapted output head."""
+        return self._model if self.is_set_up else None
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
         return self._by_task(super().loglikelihood, requests, disable_tqdm)
@@ -221,7 +229,8 @@ def harness(
         if state not in known:
             raise ValueError(f"There is no state {state!r}; this model has {list(known)}.")
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
-    manager = _task_manager(tasks, include_path, metadata)
+    # The tokenizer: for tasks that cut their texts to a number of tokens, as ruler's.
+    manager = _task_manager(tasks, include_path, {"tokenizer": tokenizer.name_or_path, **(metadata or {})})
     found = dict.fromkeys(LABELS)
     # As in `evaluate`: hooks on a compiled model's layers are seen by none of its graphs.
     with evaluation_mode(model), torch.compiler.set_stance("force_eager"):
@@ -233,19 +242,18 @@ def harness(
             with running(model, mode, every_token):
                 given = simple_evaluate(model=live, tasks=tasks, **{**settings, **options})
             found[mode] = _scores(given, live)
-    version = packages.version("lm_eval")
     return HarnessResult(
         **found,
         sparse_tokens=which_tokens(name, layers, every_token),
         sparse_layers=len(layers),
         batch_size=batch_size,
         limit=limit,
-        lm_eval=version,
+        lm_eval=packages.version("lm_eval"),
     )
 
 
-def _task_manager(tasks: list[str], include_path: Any, metadata: dict[str, Any] | None) -> TaskManager:
-    """Knows where tasks are. To look through lm_eval's own takes ten seconds; it is done where they are asked for."""
+def _task_manager(tasks: list[str], include_path: Any, metadata: dict[str, Any]) -> TaskManager:
+    """Knows where tasks are. To look through lm_eval's own takes ten seconds, and is done only if one is wanted."""
     manager = TaskManager(include_path=include_path, include_defaults=False, metadata=metadata)
     if not all(task in manager.all_subtasks or Path(task).is_file() for task in tasks):
         manager = TaskManager(include_path=include_path, metadata=metadata)

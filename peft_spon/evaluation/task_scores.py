@@ -61,10 +61,10 @@ class HarnessResult:
     def __str__(self) -> str:
         states = {label: getattr(self, mode) for mode, label in LABELS.items() if getattr(self, mode) is not None}
         lines = [("", "", *states)]
-        for task, first in next(iter(states.values())).items():
+        for task in next(iter(states.values())):
             columns = [_cells(tasks[task]) for tasks in states.values()]
-            for name in columns[0]:
-                lines.append((task if name in first.metrics else "", name, *(cells[name] for cells in columns)))
+            for place, name in enumerate(columns[0]):
+                lines.append(("" if place else task, name, *(cells[name] for cells in columns)))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [
             f"{task:<{widths[0]}}  {name:<{widths[1]}}"
@@ -83,7 +83,7 @@ def _cells(scores: TaskScores) -> dict[str, str]:
     """Rows of the table, for one task and one way of running the model."""
     errors = scores.standard_errors
     cells = {
-        name: f"{value:.4f} ± {errors[name]:.4f}" if name in errors else f"{value:.4f}"
+        name: f"{_number(value)} ± {_number(errors[name])}" if name in errors else _number(value)
         for name, value in scores.metrics.items()
     }
     formats = {
@@ -93,3 +93,7 @@ def _cells(scores: TaskScores) -> dict[str, str]:
         "tokens with S": ("{:.1%}", scores.sparse_tokens),
     }
     return cells | {name: form.format(value) for name, (form, value) in formats.items() if value is not None}
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3e}"
