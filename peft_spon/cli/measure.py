@@ -121,6 +121,7 @@ def harness(
     include_path: Path | None = None,
     every_token: bool = True,
     chat_template: bool = False,
+    prepare: bool = False,
     options: dict[str, Any] | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
@@ -152,6 +153,7 @@ def harness(
         include_path: folder with task files of your own.
         every_token: sparsify every token; --no-every-token leaves tokens dense as the adapter's prefill says.
         chat_template: put the tokenizer's chat template around each question.
+        prepare: prepare the model for decoding, so that an answer takes the time of the sparse kernels.
         options: other arguments of lm_eval.simple_evaluate, and metadata for the tasks, as YAML or JSON.
         dtype: of the model, see calibrate --help.
         device: where to compute; auto is the accelerator, if there is one.
@@ -164,6 +166,8 @@ def harness(
     loaded = load_measured(model, adapter, dtype, device)
     if sparsity is not None:
         set_dial(loaded, sparsity)
+    if prepare:
+        print(loaded.prepare_for_decode())
     result = run_tasks(
         loaded,
         load_tokenizer(model, adapter),
