@@ -317,7 +317,8 @@ def test_the_command_writes_what_the_function_finds(folder, tasks, capsys):
     from peft_spon.cli import main
 
     arguments = ["harness", "--model", "adapter", "--tasks", "next_words,answers", "--include-path", str(tasks)]
-    arguments += ["--limit", "2", "--batch-size", "2", "--out", "r.json", "--prepare", "--options", '{"bootstrap_iters": 0}']
+    arguments += ["--limit", "2", "--batch-size", "2", "--out", "r.json", "--prepare"]
+    arguments += ["--options", '{"bootstrap_iters": 0}']
     assert main([*arguments, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     written = json.loads((folder / "r.json").read_text())
