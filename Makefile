@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 QUANT := $(VENV)/quantised
+HARNESS := $(VENV)/harness
 VLLM := .venv-vllm
 
 .PHONY: quickstart quickstart-short test test-fast test-vllm lint clean
@@ -19,6 +20,11 @@ $(QUANT)/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(QUANT) bitsandbytes torchao
 	touch $@
 
+# Beside it, too: what lm_eval needs for tests/test_harness.py, 100 MB of the 350 that it asks for.
+$(HARNESS)/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(HARNESS) "lm_eval>=0.4.13" sacrebleu portalocker tabulate colorama lxml requests urllib3 certifi charset-normalizer
+	touch $@
+
 # An environment of its own: vLLM asks for one version of torch and a range of transformers. What it asks for beside
 # them for pictures and sound does not fit the CPU torch, and stops every import of transformers.
 $(VLLM)/.installed: pyproject.toml
@@ -34,11 +40,12 @@ quickstart: $(VENV)/.installed
 quickstart-short: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py --short
 
-test: $(VENV)/.installed $(QUANT)/.installed
+test: $(VENV)/.installed $(QUANT)/.installed $(HARNESS)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 	$(if $(ARGS),,PYTHONPATH=$(QUANT) $(BIN)/python -m pytest tests/test_quantized.py)
+	$(if $(ARGS),,PYTHONPATH=$(HARNESS) $(BIN)/python -m pytest tests/test_harness.py)
 
 # All but the tests marked slow (trainings, other processes, whole examples): about 2.5 minutes on 2 cores.
 test-fast: $(VENV)/.installed

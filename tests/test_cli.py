@@ -107,7 +107,7 @@ def loaded(adapter, base="llama"):
 def test_help_names_every_command(call):
     code, out, _ = call("--help")
     assert code == 0
-    names = "demo calibrate allocate train evaluate compare report merge bench push serve env".split()
+    names = "demo calibrate allocate train evaluate harness compare report merge bench push serve env".split()
     assert list(COMMANDS) == names
     assert re.findall(r"^    (\w+)\b", out, re.M) == names
 
@@ -236,7 +236,8 @@ def test_without_the_extra_the_pip_line_is_named(call, monkeypatch):
 def test_the_commands_of_the_documentation_are_accepted(tmp_path, monkeypatch):
     root = Path(__file__).parents[1]
     monkeypatch.chdir(tmp_path)
-    text = "\n".join((root / name).read_text() for name in ("README.md", "docs/command-line.md", "docs/criteria.md"))
+    names = ("README.md", "docs/command-line.md", "docs/criteria.md", "docs/evaluation.md")
+    text = "\n".join((root / name).read_text() for name in names)
     (tmp_path / "train.yaml").write_text(re.search(r"```yaml\n# train.yaml\n(.*?)```", text, re.S)[1])
     found = re.findall(r"^(?:\w+=\S+ )?peft-spon (.*?)(?: +#.*)?$", text.replace("\\\n", " "), re.M)
     assert len(found) > 8

@@ -140,15 +140,19 @@ def test_the_lowest_level_knows_neither_peft_nor_transformers():
 
 
 @pytest.mark.slow
-def test_import_is_light_and_a_missing_trl_is_named_with_the_pip_line():
+def test_import_is_light_and_a_missing_library_is_named_with_the_pip_line():
     code = (
         "import sys, torch, transformers, peft; theirs = set(sys.modules); import peft_spon, peft_spon.kernels; "
-        "heavy = {'trl', 'matplotlib', 'pandas', 'jsonargparse'} & {m.split('.')[0] for m in sys.modules}; "
+        "heavy = {'trl', 'lm_eval', 'matplotlib', 'pandas', 'jsonargparse'} & {m.split('.')[0] for m in sys.modules}; "
         "heavy |= {'triton'} & (set(sys.modules) - theirs); "  # torch imports triton itself where it is installed
         "heavy and sys.exit(f'imported {heavy}')\n"
         "sys.modules['trl'] = None\n"
         "try:\n    peft_spon.SponTrainer\n"
         "except ImportError as error:\n    assert \"pip install 'peft_spon[train]'\" in str(error), error\n"
+        "else:\n    sys.exit('no error')\n"
+        "sys.modules['lm_eval'] = None\n"
+        "try:\n    import peft_spon.evaluation.harness\n"
+        "except ImportError as error:\n    assert \"pip install 'peft_spon[harness]'\" in str(error), error\n"
         "else:\n    sys.exit('no error')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -63,10 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """`with quiet_libraries():` without the warnings and notes of libraries, which are for developers."""
-    httpx = logging.getLogger("httpx")
-    before, verbosity = httpx.level, transformers_logging.get_verbosity()
+    levels = {logging.getLogger("httpx"): logging.WARNING, logging.getLogger("lm_eval"): logging.ERROR}
+    before, verbosity = {logger: logger.level for logger in levels}, transformers_logging.get_verbosity()
     shows_bars = transformers_logging.is_progress_bar_enabled()
-    httpx.setLevel(logging.WARNING)
+    for logger, level in levels.items():
+        logger.setLevel(level)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -74,7 +75,8 @@ def quiet_libraries() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        httpx.setLevel(before)
+        for logger, level in before.items():
+            logger.setLevel(level)
         transformers_logging.set_verbosity(verbosity)
         if shows_bars:
             transformers_logging.enable_progress_bar()

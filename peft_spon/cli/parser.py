@@ -27,6 +27,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "allocate": fit.allocate,
     "train": fit.train,
     "evaluate": measure.evaluate,
+    "harness": measure.harness,
     "compare": measure.compare,
     "report": measure.report,
     "merge": ship.merge,

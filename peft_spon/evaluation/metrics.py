@@ -17,7 +17,7 @@ from ..lora import active_lora, model_inside, repair_lora
 from ..losses import CHUNK_ELEMENTS, Distillation, compare_logits, perplexity
 from ..modes import dense_mode, evaluation_mode, every_token_sparse, without_anchors
 from ..results import remember_results
-from ..sites import resolve_sites
+from ..sites import Site, resolve_sites
 from ..statistics import Zeros
 from .continuations import Agreement, Prompts, agreement
 from .report import report_of, results_text
@@ -119,6 +119,20 @@ def running(model: nn.Module, mode: str, every_token: bool = True) -> Iterator[N
         yield
 
 
+def modes_of(model: nn.Module, adapter_name: str | None, layers: dict[str, Site]) -> dict[str, str]:
+    """Ways of running a model, as [`running`] knows them, to what errors call them; one without anchors has two."""
+    has_anchors = any(layer.has_repair(adapter_name) for layer in layers.values())
+    has_anchors = has_anchors or bool(repair_lora(active_lora(model)))
+    return {"dense": "dense", "sparse": "sparse", **({"anchored": "sparse (with anchors)"} if has_anchors else {})}
+
+
+def which_tokens(adapter_name: str | None, layers: dict[str, Site], every_token: bool) -> str:
+    """Which tokens are sparse, in words."""
+    prefill = next(iter(layers.values())).settings(adapter_name).prefill
+    every = every_token or prefill == "sparse"
+    return "S on every token" if every else f"S on tokens as prefill={prefill!r} says"
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -170,8 +184,7 @@ def evaluate(
     check_arguments(model, data, tokenizer, "evaluate")
     prompts = Prompts(model, continuations)
     name, layers = resolve_sites(model, adapter_name)
-    has_anchors = any(layer.has_repair(name) for layer in layers.values()) or bool(repair_lora(active_lora(model)))
-    modes = {"dense": "dense", "sparse": "sparse", **({"anchored": "sparse (with anchors)"} if has_anchors else {})}
+    modes = modes_of(model, name, layers)
     tokens = {mode: _Tokens(whose) for mode, whose in modes.items()}
     zeros = {mode: Zeros(layers, name) for mode in modes if mode != "dense"}
 
@@ -219,9 +232,7 @@ def evaluate(
         compared = prompts.continued(
             model, modes, lambda mode: running(model, mode, every_token), batch_size, progress
         )
-    first = next(iter(layers.values())).settings(name).prefill
-    every = every_token or first == "sparse"
-    last = "anchored" if has_anchors else "sparse"
+    last = list(modes)[-1]
     # Rows without a counted token count for nothing.
     row = torch.cat(rows).unique(return_inverse=True)[1]
     scores = {
@@ -238,7 +249,7 @@ def evaluate(
         sparse=scores["sparse"],
         anchored=scores.get("anchored"),
         tokens=len(row),
-        sparse_tokens="S on every token" if every else f"S on tokens as prefill={first!r} says",
+        sparse_tokens=which_tokens(name, layers, every_token),
         layer_sparsity=zeros[last].by_layer(),
         by_position=_by_position(tokens[last], tokens["dense"], torch.cat(positions)),
     )
