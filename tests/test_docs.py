@@ -3,6 +3,7 @@
 """What README and docs/ show is true: Python blocks run, commands are accepted, links lead somewhere."""
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -205,3 +206,62 @@ def test_links_lead_to_files_and_headings(page):
         assert target.exists(), f"{page}: {link}"
         if anchor:
             assert anchor in anchors(target.resolve().relative_to(ROOT)), f"{page}: {link}"
+
+
+# ---- troubleshooting ---------------------------------------------------------------------------------------------
+
+VALUE = "\0"  # stands in a message for what is put into it
+
+
+def text_of(node):
+    """The text of a string expression, f-strings with `VALUE`s; None for another expression."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else None
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text_of(part) or VALUE for part in node.values)
+    return None
+
+
+def texts_of_the_code():
+    return {text for path in (ROOT / "peft_spon").rglob("*.py") for text in map(text_of, walk(path)) if text}
+
+
+def walk(path):
+    return ast.walk(ast.parse(path.read_text()))
+
+
+def messages_of_the_code():
+    """The texts of all errors that are raised and of all warnings, with where they are."""
+    for path in (ROOT / "peft_spon").rglob("*.py"):
+        for node in walk(path):
+            call = node.exc if isinstance(node, ast.Raise) else node
+            if not isinstance(call, ast.Call) or not call.args:
+                continue
+            is_warning = isinstance(call.func, ast.Attribute) and call.func.attr in ("warn", "warning")
+            text = text_of(call.args[0]) or ""
+            # Without a letter of its own it is put together from messages of other functions.
+            if (isinstance(node, ast.Raise) or is_warning) and re.search("[A-Za-z]", text):
+                yield f"{path.relative_to(ROOT)}:{node.lineno}", text
+
+
+def quoted_messages():
+    """The quotes in the first column of the tables of messages, as patterns of the messages."""
+    quotes = []
+    for table in re.findall(r"^\| message \|.*\n\|[-|]+\n((?:\|.*\n)+)", read("docs/troubleshooting.md"), re.M):
+        for row in table.splitlines():
+            quotes += re.findall(r"`([^`]+)`", row.split(" | ")[0])
+    assert len(quotes) > 100
+    assert not [quote for quote in quotes if len(re.sub("[^A-Za-z]", "", quote)) < 5], "these fit any message"
+    return {quote: re.compile(".*".join(map(re.escape, quote.split("…"))), re.S) for quote in quotes}
+
+
+def test_every_quoted_message_is_one_of_the_code():
+    known = texts_of_the_code()
+    for quote, pattern in quoted_messages().items():
+        assert any(pattern.search(text) for text in known), f"no message says {quote!r} any more"
+
+
+def test_every_message_of_the_code_is_explained():
+    patterns = quoted_messages().values()
+    left = [f"{where}: {text}" for where, text in messages_of_the_code() if not any(p.search(text) for p in patterns)]
+    assert not left, "docs/troubleshooting.md lacks\n" + "\n".join(left)
