@@ -6,21 +6,26 @@ import argparse
 import ast
 import json
 import os
+import pkgutil
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from unittest import mock
 
 import pytest
 import torch
 import transformers as tf
+import yaml
 from datasets import Dataset
 from models import VOCAB, calibrated, llama, word_tokenizer
 from pages import PAGES, ROOT, anchors, blocks, commands, links, read, without_settings
 from peft import LoraConfig, get_peft_model
 
+import peft_spon
 from peft_spon import CRITERIA, SponConfig, texts
 
 
@@ -206,6 +211,47 @@ def test_links_lead_to_files_and_headings(page):
         assert target.exists(), f"{page}: {link}"
         if anchor:
             assert anchor in anchors(target.resolve().relative_to(ROOT)), f"{page}: {link}"
+
+
+# ---- API and site --------------------------------------------------------------------------------------------------
+
+
+def test_the_api_page_has_every_public_name():
+    named = re.findall(r"^\| `([\w.]+)` \|", read("docs/api.md"), re.M) + ["__version__"]
+    assert set(peft_spon.__all__) <= set(named)
+    shown = re.findall(r"^<!-- docstring(?: alone)?: peft_spon\.([\w.]+) -->$", read("docs/api.md"), re.M)
+    assert set(shown) == set(named) - {"CRITERIA", "__version__"}
+    for name in named:
+        pkgutil.resolve_name(f"peft_spon.{name}")
+
+
+def pages_in(nav):
+    """Files of the navigation in their order, from its nested lists of {title: file or list}."""
+    for entry in nav:
+        for value in entry.values():
+            yield from pages_in(value) if isinstance(value, list) else [value]
+
+
+def test_the_site_has_every_page_and_builds_strictly(tmp_path):
+    nav = list(pages_in(yaml.safe_load(read("mkdocs.yml"))["nav"]))
+    assert sorted(nav) == sorted([*PAGES, "CHANGELOG.md"])
+
+    if not all(map(find_spec, ("zensical", "mkdocstrings"))):
+        pytest.skip("needs peft_spon[docs]")
+    (tmp_path / "mkdocs.yml").write_text(read("mkdocs.yml"))
+    for name in ("docs", "peft_spon"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    runpy.run_path(str(ROOT / "docs/gather.py"))["gather"](tmp_path / "build/pages")
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    api = (tmp_path / "site/docs/api.html").read_text()
+    assert all(f'id="peft_spon.{name}"' in api for name in set(peft_spon.__all__) - {"CRITERIA", "__version__"})
+    for path in (tmp_path / "site").rglob("*.html"):
+        targets = re.findall(r'(?:href|src)="?([^">\s#?]+)', path.read_text())
+        for target in targets:
+            assert target.startswith(("http", "data:")) or path.name == "404.html" or (path.parent / target).is_file()
+        assert not re.search(r'<(script|img)[^>]*src="?http|<link[^>]*stylesheet[^>]*href="?http', path.read_text())
 
 
 # ---- troubleshooting ---------------------------------------------------------------------------------------------
