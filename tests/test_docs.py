@@ -16,6 +16,7 @@ import tomllib
 from importlib.util import find_spec
 from unittest import mock
 
+import datasets
 import pytest
 import torch
 import transformers as tf
@@ -56,7 +57,7 @@ def adapted(base=None):
 def prepared(tmp_path_factory):
     """A working folder with what the pages' names stand for: on this machine a folder is found before the Hub."""
     folder = tmp_path_factory.mktemp("docs")
-    for name in ("meta-llama/Llama-3.2-1B", "examples/tiny_llama"):
+    for name in ("meta-llama/Llama-3.2-1B", "meta-llama/Meta-Llama-3-8B", "examples/tiny_llama"):
         llama().save_pretrained(folder / name)
         word_tokenizer().save_pretrained(folder / name)
     for name in ("my-spon", "user/llama-spon", "llama-spon"):
@@ -99,6 +100,7 @@ def test_python_blocks_run_in_order(page, prepared, monkeypatch, few_steps, no_n
     monkeypatch.chdir(prepared)
     scope = {"__name__": "__main__", "tokenizer": word_tokenizer(), "texts": words(24, 0), "held_out": words(8, 1)}
     scope |= {"dataset": Dataset.from_dict({"text": scope["texts"]}), "model": adapted()}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: scope["dataset"])
     for block in blocks(page, "python"):
         if block.reason is None:
             scope["base"] = llama()  # a story of its own, where a block has not made one
@@ -110,9 +112,11 @@ def test_what_is_not_run_says_why():
     marked = [block.reason for page in PAGES for block in blocks(page) if block.reason is not None]
     assert {reason: marked.count(reason) for reason in marked} == REASONS
     for page in PAGES:
-        assert read(page).count("```") == 2 * len(blocks(page)), f"{page}: a block that the test does not see"
-        assert read(page).count("<!-- not run") == sum(block.reason is not None for block in blocks(page)), page
-        assert {block.language for block in blocks(page)} <= {"python", "bash", "yaml", "bibtex", ""}, page
+        found, text = blocks(page), read(page)
+        assert text.count("```") == 2 * len(found), f"{page}: a block that the test does not see"
+        comments = re.findall("^<!-- not run", text, re.M)
+        assert len(comments) == sum(block.reason is not None for block in found), f"{page}: one that is above no block"
+        assert {block.language for block in found} <= {"python", "bash", "yaml", "bibtex", ""}, page
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------
