@@ -28,6 +28,7 @@ from peft import LoraConfig, get_peft_model
 
 import peft_spon
 from peft_spon import CRITERIA, SponConfig, texts
+from peft_spon.evaluation import measurements
 
 
 pytest.importorskip("jsonargparse")
@@ -117,6 +118,27 @@ def test_what_is_not_run_says_why():
         comments = re.findall("^<!-- not run", text, re.M)
         assert len(comments) == sum(block.reason is not None for block in found), f"{page}: one that is above no block"
         assert {block.language for block in found} <= {"python", "bash", "yaml", "bibtex", ""}, page
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny_llama").symlink_to(ROOT / "examples/tiny_llama")
+    for name in ("LAYER_TOKENS", "BLOCK_TOKENS", "SAMPLE_TOKENS", "SPEED_TOKENS"):
+        monkeypatch.setattr(measurements, name, 8)
+    notebook = json.loads(read("examples/quickstart.ipynb"))
+    assert (notebook["nbformat"], len(notebook["cells"])) == (4, 12)
+    scope = {"__name__": "__main__"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            code = "".join(cell["source"])
+            for much, few in {"STEPS = 150": "STEPS = 2", "TOKENS = 16384": "TOKENS = 512", "=8192": "=512"}.items():
+                code = code.replace(much, few)
+            exec(compile(code, cell["id"], "exec"), scope)
+    assert (scope["STEPS"], scope["TOKENS"]) == (2, 512)
+    assert scope["result"].anchored.kl < scope["result"].sparse.kl + 0.05
+    assert (tmp_path / "out/notebook/report.html").exists()
+    assert "LlamaForCausalLM in out" in capsys.readouterr().out
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------
