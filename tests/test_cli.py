@@ -5,7 +5,6 @@
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -231,21 +230,6 @@ def test_without_the_extra_the_pip_line_is_named(call, monkeypatch):
             code, out, err = call("env")
         assert (code, out) == (1, "")
         assert err == "peft-spon needs jsonargparse: pip install 'peft_spon[cli]'\n"
-
-
-def test_the_commands_of_the_documentation_are_accepted(tmp_path, monkeypatch):
-    root = Path(__file__).parents[1]
-    monkeypatch.chdir(tmp_path)
-    names = ("README.md", "docs/command-line.md", "docs/criteria.md", "docs/evaluation.md")
-    text = "\n".join((root / name).read_text() for name in names)
-    (tmp_path / "train.yaml").write_text(re.search(r"```yaml\n# train.yaml\n(.*?)```", text, re.S)[1])
-    found = re.findall(r"^(?:\w+=\S+ )?peft-spon (.*?)(?: +#.*)?$", text.replace("\\\n", " "), re.M)
-    assert len(found) > 8
-    for line in found:
-        if {"--help", "--print_config"} & set(shlex.split(line)):
-            assert main(shlex.split(line)) == 0, line
-        else:
-            parse(shlex.split(line))
 
 
 # ---- calibrate, allocate, train ------------------------------------------------------------------------------------
