@@ -17,6 +17,7 @@ TEST_PACKAGES = {"test", "tests", "idle_test"}
 TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 TEXT_FILES = (".txt", ".md", ".rst", ".py", *TABLES)
 HELD_OUT_SPLITS = ("validation", "test", "held_out", "eval", "dev")
+ENCODING = "utf-8-sig"  # some programs put a mark at the beginning
 # Characters of a text that is tokenised at once.
 LONGEST = 100_000
 
@@ -123,17 +124,13 @@ def _read_file(path: Path) -> Iterable[Any]:
     kind = path.suffix.lower()
     if kind in TABLES:
         return _datasets().load_dataset(TABLES[kind], data_files=str(path), split="train")
-    return cut(_text_of(path), LONGEST)
+    return cut(path.read_text(encoding=ENCODING, errors="ignore"), LONGEST)
 
 
 def is_empty(path: Path) -> bool:
-    """Whether a file holds nothing, or no text."""
-    is_table = path.suffix.lower() in TABLES
-    return path.stat().st_size == 0 if is_table else not _text_of(path).strip()
-
-
-def _text_of(path: Path) -> str:
-    return path.read_text(encoding="utf-8-sig", errors="ignore")  # some programs put a mark at the beginning
+    """Whether a file holds nothing but white space."""
+    with path.open(encoding=ENCODING, errors="ignore") as file:
+        return not any(line.strip() for line in file)
 
 
 def _read_folder(folder: Path, held_out: bool) -> Iterable[Any]:

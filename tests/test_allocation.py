@@ -263,6 +263,8 @@ def test_saved_loaded_and_merged(tmp_path):
         ({"floor": 0.6}, "floor is 0.6 and cap None, but all layers together"),
         ({"cap": 0.4}, "cap 0.4, but all layers together are to have a sparsity of 0.5"),
         ({"cap": 1.5}, "cap is 1.5"),
+        ({"budget": "bytes", "method": "greedy"}, "budget is 'bytes', but method='greedy' does not weigh"),
+        ({"budget": "bytes", "method": "uniform"}, "budget is 'bytes', but method='uniform' does not weigh"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"adapter_name": "x"}, "no SPON adapter 'x'"),
         ({"data": []}, "The data is empty"),
@@ -346,8 +348,36 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
     assert shares(model) == shares(whole)
     quiet(model, batches(), sparsity=0.3, state_file=tmp_path / "state")
     assert len(calls) == 5, "another budget is the same search"
-    with pytest.raises(ValueError, match="written by an allocation with other arguments"):
-        quiet(model, batches(3), state_file=tmp_path / "state")
+    others = [{"input_ids": batch["input_ids"].flip(0)} for batch in batches()]  # as many tokens
+    for data in (batches(3), others):
+        with pytest.raises(ValueError, match="written by an allocation with other arguments or data"):
+            quiet(model, data, state_file=tmp_path / "state")
+    for content in (b"", b'{"key": 1}', b"PK\x03\x04"):
+        (tmp_path / "state").write_bytes(content)
+        with pytest.raises(ValueError, match="state is no state file of allocate; remove it"):
+            quiet(model, batches(), state_file=tmp_path / "state")
+        assert (tmp_path / "state").read_bytes() == content
+
+
+def test_an_interruption_at_the_very_end_changes_nothing(monkeypatch):
+    model = adapted()
+    before, config = shares(model), model.peft_config["default"]
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(peft_spon.allocation, "report", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quiet(model, batches(), sparsity=0.7)
+    assert shares(model) == before
+    assert model.peft_config["default"] is config
+
+
+@pytest.mark.parametrize("sparsity", [0.98, 0.985, 0.99, 0.995])
+def test_the_price_of_a_budget_at_the_end_of_the_curves(sparsity):
+    result = quiet(adapted(), batches(2), sparsity=sparsity)
+    assert result.price > 0
+    assert result.sparsity == sparsity
 
 
 def test_lora_beneath_bf16_and_offloaded_layers(llama):

@@ -121,7 +121,7 @@ def allocate(
         sparsity: of all layers together. Default 0.5, or the adapter's own.
         criterion: see calibrate --help; of a new adapter, which is calibrated first.
         method: kl needs one forward and backward of the dense model; greedy is TEAL's; uniform makes all alike.
-        budget: what is counted, weights or the bytes that are read.
+        budget: what is counted, weights or (kl only) the bytes that are read.
         max_tokens: tokens to look at. Default 4096 for kl, 1024 for greedy.
         max_length: tokens per block.
         text_column: column with the texts, for data with columns.
