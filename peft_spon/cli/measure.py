@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from .. import calibration, study
+from ..data import check_sizes
 from ..environment import environment
 from ..evaluation import measure_report, metrics, report_of, write_report
 from ..evaluation.measurements import about, versions
-from ..evaluation.speed import decode_sparsity, measure_speed
+from ..evaluation.speed import check_turns, decode_sparsity, measure_speed
 from ..sites import resolve_sites, spon_layers
 from ..texts import read_data, read_divided
 from .models import (
@@ -314,7 +315,9 @@ def bench(
         dtype: of the models.
         device: where to compute; auto is the accelerator, if there is one.
     """
+    check_turns(rows, prompt_tokens, new_tokens, rounds)
     if threads is not None:
+        check_sizes(threads=threads)
         torch.set_num_threads(threads)
     dense = load_dense(model, adapter, dtype, device)
     sparse = load_sparse(model, adapter, dtype, device)
