@@ -186,6 +186,8 @@ def test_errors_are_one_line_and_debug_shows_where(call, tmp_path):
         (["bench", "--model", "adapter", "--rows", "0"], "rows is 0"),
         (["bench", "--model", "adapter", "--prompt-tokens", "0"], "prompt_tokens is 0"),
         (["bench", "--model", "adapter", "--threads", "0"], "threads is 0"),
+        (["train", "--model", "llama", "--data", "train.txt", "--steps", "0", "--out", "new"], "steps is 0"),
+        (["demo", "--model", "llama", "--data", "train.txt", "--steps", "0", "--out", "new"], "steps is 0"),
         (["serve", "--folder", "llama"], "llama"),
         (["push", "--folder", "llama", "--to", "a/b"], "neither a SPON adapter nor a merged model"),
         (["push", "--folder", "nowhere", "--to", "a/b"], "no folder nowhere"),
@@ -361,6 +363,30 @@ def test_a_training_that_was_killed_goes_on_to_the_same_anchors(result, call, tm
     again = result(*TRAIN, "--model", "llama", "--out", tmp_path / "killed", "--resume")
     assert load_equal(tmp_path / "whole", tmp_path / "killed")
     assert again["kl_after"] == found["kl_after"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["_prepare_adapter", "calibration"])
+def test_a_training_that_was_begun_anew_never_goes_on_with_what_an_earlier_one_left(
+    where, result, call, tmp_path, monkeypatch
+):
+    arguments = ["train", "--model", "llama", "--data", "train.txt", "--save-steps", "1", "--steps", "2", *SIZE]
+    arguments += ["--allocation", "kl", "--training", json.dumps({"calibration_tokens": 128}), "--out", tmp_path / "o"]
+    result(*arguments, "--sparsity", "0.6")
+    assert (tmp_path / "o" / "checkpoints" / "checkpoint-2").exists()
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if where == "calibration":
+            patch.setattr("peft_spon.allocation.calibrate", killed)
+        else:
+            patch.setattr(SponTrainer, where, killed)
+        assert call(*arguments, "--sparsity", "0.4", "--force")[0] == 1
+    found = result(*arguments, "--sparsity", "0.4", "--resume")
+    assert SponConfig.from_pretrained(tmp_path / "o").sparsity == 0.4
+    assert [entry["step"] for entry in found["log"] if "loss" in entry] == [1, 2], "both steps were run"
 
 
 def test_train_goes_on_from_an_adapter_and_its_thresholds(result, tmp_path):
