@@ -229,6 +229,52 @@ def test_nothing_is_overwritten_without_force(call, tmp_path):
     assert (taken / "config.json").exists()
 
 
+def test_a_file_is_not_written_where_a_folder_is_and_the_other_way_round(call, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    data = ["--data", "train.txt"]
+    for arguments, message in [
+        (["evaluate", "--model", "adapter", *data, "--out", tmp_path / "folder"], "is a folder; name the file"),
+        (["evaluate", "--model", "adapter", *data, "--html", tmp_path / "folder"], "is a folder; name the file"),
+        (["report", "--model", "adapter", *data, "--out", tmp_path / "folder"], "is a folder; name the file"),
+        (["merge", "--model", "adapter", "--out", tmp_path / "file"], "is a file, and a folder is to be written"),
+        (["train", "--model", "llama", *data, "--out", tmp_path / "file"], "is a file, and a folder is to be written"),
+    ]:
+        for force in ([], ["--force"]):
+            code, out, err = call(*arguments, *force)
+            assert (code, out) == (1, "")
+            assert message in err
+    assert files(tmp_path) == {tmp_path / "file": b"mine"}
+
+
+def test_a_report_never_writes_its_page_over_its_numbers_or_drops_a_setting(call, tmp_path):
+    (tmp_path / "r.json").write_text("{}")
+    (tmp_path / "page.html").write_text("<html>")
+    measured, drawn = ["--model", "adapter", "--data", "test.txt"], ["--result", tmp_path / "r.json"]
+    for arguments, message in [
+        ([*measured, "--out", tmp_path / "new.json"], "name the page, such as .*new.html"),
+        ([*drawn, "--out", tmp_path / "r.json", "--force"], "name the page, such as .*r.html"),
+        ([*drawn, "--out", "new", "--training", "x"], "leave out --training"),
+        ([*drawn, "--out", "new", *measured], "or --result with"),
+        ([*drawn, "--out", "new", "--model", "adapter", "--prompts", "a"], "leave out --model, --prompts"),
+        (["--result", tmp_path / "page.html", "--out", "new"], "page.html is no JSON file; give the one that report"),
+        (drawn + ["--out", "new"], "This is no report"),
+    ]:
+        code, _, err = call("report", *arguments)
+        assert code == 1
+        assert re.search(message, err)
+    assert {path.name for path in tmp_path.iterdir()} == {"r.json", "page.html"}
+    assert (tmp_path / "r.json").read_text() == "{}"
+    assert not Path("new").exists()
+
+
+def test_the_users_folder_in_a_file_of_settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "settings.yaml").write_text("model: m\ndata: [t]\nout: ~/adapter\n")
+    assert parse(["calibrate", "--config", str(tmp_path / "settings.yaml")])[1]["out"] == tmp_path / "adapter"
+    assert parse(["merge", "--model", "m", "--out=~/a b/c"])[1]["out"] == tmp_path / "a b" / "c"
+
+
 def test_without_the_extra_the_pip_line_is_named(call, monkeypatch):
     for name in ("jsonargparse", "docstring_parser"):
         with monkeypatch.context() as patch:
