@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -33,6 +34,7 @@ from peft_spon import (  # noqa: E402
 )
 from peft_spon.cli import main  # noqa: E402
 from peft_spon.cli.parser import COMMANDS, parse  # noqa: E402
+from peft_spon.cli.ship import uploaded  # noqa: E402
 from peft_spon.environment import environment, environment_text, problems  # noqa: E402
 from peft_spon.texts import read_data  # noqa: E402
 
@@ -569,6 +571,15 @@ def test_bench_measures_dense_against_prepared(result, model):
     assert found["realised_sparsity"] == pytest.approx(0.5, abs=0.2)
     assert found["times_as_fast"] == pytest.approx(found["dense"]["token"] / found["sparse"]["token"])
     assert min(found[name]["tokens_per_second"] for name in ("dense", "sparse")) > 0
+
+
+def test_the_page_that_a_card_links_is_pushed_with_it(result, tmp_path):
+    adapter = shutil.copytree("adapter", tmp_path / "adapter")
+    (adapter / "trainer_state.pt").write_bytes(b"")
+    result("evaluate", "--model", adapter, "--data", "test.txt", "--max-tokens", "64", "--html", adapter / "page.html")
+    assert "(page.html)" in (adapter / "README.md").read_text()
+    names = {path.name for path in uploaded(adapter)}
+    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors", "page.html"}
 
 
 # ---- merge, env, push ----------------------------------------------------------------------------------------------
