@@ -534,7 +534,7 @@ def test_compare_has_a_row_for_every_case_and_goes_on_where_it_was(result, call,
 
     code, _, err = call(*COMPARE, "--out", path, "--steps", "3")
     assert code == 1
-    assert "another protocol (steps 2 there, steps 3 here)" in err
+    assert "another protocol or other data (steps 2 there, steps 3 here)" in err
     assert json.loads(path.read_text()) == more
 
 
@@ -553,6 +553,21 @@ def test_compare_without_training_prints_a_table_and_needs_matplotlib_for_a_figu
     assert code == 0
     assert len(re.findall(r"^\| 50% \| (?:weighted|topk) \| uniform \| none \|", out, re.M)) == 2
     assert "trained" not in out.split("\n", 1)[1]
+
+
+def test_a_study_never_goes_on_with_other_data(tmp_path):
+    base, path = AutoModelForCausalLM.from_pretrained("llama"), tmp_path / "s.json"
+    small = study.Protocol(0, 1, 8, calibration_tokens=32, allocation_tokens=32, eval_tokens=32)
+    grid = study.cases(["topk"], [0.5])
+    parts = [words(120, seed).split("\n\n") for seed in range(3)]
+    found = study.compare(base, *parts[:2], word_tokenizer(), grid, path, small)
+    assert study.compare(base, *parts[:2], word_tokenizer(), grid, path, small) == found
+    for other in ((parts[0], parts[2]), (parts[2], parts[1])):
+        with pytest.raises(ValueError, match=f"other data .*data '{found['study']['data']}' there"):
+            study.compare(base, *other, word_tokenizer(), grid, path, small)
+    del found["study"]["data"]  # an older file
+    path.write_text(json.dumps(found))
+    assert study.compare(base, *parts[:2], word_tokenizer(), grid, path, small)["rows"] == found["rows"]
 
 
 def test_a_study_never_fits_on_what_it_measures_on(tmp_path):
