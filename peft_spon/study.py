@@ -189,7 +189,8 @@ def read_study(path: str | os.PathLike, study: dict[str, Any]) -> dict[str, Any]
         differing = sorted(key for key in {*study, *there} if study.get(key) != there.get(key))
         raise ValueError(
             f"{path} holds a study with another protocol or other data "
-            f"({', '.join(f'{k} {there.get(k)!r}' for k in differing)} there, {', '.join(f'{k} {study.get(k)!r}' for k in differing)} here); give another name."
+            f"({', '.join(f'{k} {there.get(k)!r}' for k in differing)} there, "
+            f"{', '.join(f'{k} {study.get(k)!r}' for k in differing)} here); give another name."
         )
     return found
 
