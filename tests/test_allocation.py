@@ -294,6 +294,11 @@ def test_models_without_logits_and_broken_gradients(llama):
         quiet(model, batches())
     handle.remove()
     assert shares(model) == before
+    bad = spon_layers(model)["model.layers.1.mlp.up_proj"].base_layer
+    bad.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="outputs of a LlamaDecoderLayer are NaN or infinite.*Nothing was changed"):
+        quiet(model, batches(), method="greedy")
+    assert shares(model) == before
     headless = get_peft_model(llama.model, SponConfig())
     with pytest.raises(ValueError, match="LlamaModel gives no logits"):
         quiet(headless, batches())
