@@ -13,7 +13,8 @@ from torch import nn
 
 from .budget import FINE, METHODS, cap_at, predicted_kl, split
 from .calibration import calibrate, needs_moments
-from .data import check_arguments, check_sizes, count_tokens, iter_batches, to_device
+from .checksums import tensors_checksum
+from .data import Batch, check_arguments, check_sizes, count_tokens, iter_batches, to_device
 from .greedy import greedy_paths
 from .model import set_sparsity
 from .modes import differentiable, evaluation_mode, every_token_sparse
@@ -120,7 +121,7 @@ def allocate(
         cap (`float`, *optional*): largest sparsity of a layer; default: (1 + sparsity) / 2, so that each keeps at
             least half of what it would keep if all were alike; 0.95 for `"greedy"`.
         budget (`str`, *optional*, defaults to `"weights"`): what is counted: a layer's weights, or the `"bytes"` of
-            them that a token reads (dtype or quantisation, and how many of the tokens reach an expert).
+            them that a token reads (dtype or quantisation, and how many of the tokens reach an expert; `"kl"` only).
         adapter_name (`str`, *optional*): which adapter; default: the first active one.
         batch_size (`int`, *optional*, defaults to 1): blocks per batch; memory grows with it as in a training step.
         max_length (`int`, *optional*, defaults to 512): tokens per block.
@@ -169,7 +170,8 @@ def allocate(
             looked = Looked(model, layers, name, batches, None if progress is None else not progress)
             allocation = None
             if method != "uniform":
-                key = {"method": method, "layers": list(layers), "batches": [count_tokens(b) for b in batches]}
+                model_name = getattr(model.config, "_name_or_path", None)
+                key = {"method": method, "model": model_name, "layers": list(layers), "data": checksum_of(batches)}
                 key |= {"criterion": config.criterion, "dials": str(config.criterion_kwargs), "seed": seed}
                 kept = State(state_file, {**key, **({"cap": cap, "floor": floor} if method == "greedy" else {})})
                 curves = kl_curves(looked, seed, kept) if method == "kl" else greedy_paths(looked, floor, cap, kept)
@@ -181,12 +183,12 @@ def allocate(
                 split(allocation, sparsity)  # raises what can be wrong with it before anything is changed
             change_config(model, name, allocation=allocation)
             set_sparsity(model, sparsity, None if allocation else {}, name)
+            return report(looked, method, sparsity, allocation)
     except BaseException:
         for key, layer in layers.items():
             layer.restore_state(name, before[key])
         model.peft_config[name] = config
         raise
-    return report(looked, method, sparsity, allocation)
 
 
 def check_dials(method: str, budget: str, sparsity: float, floor: float, cap: float | None) -> None:
@@ -202,6 +204,19 @@ def check_dials(method: str, budget: str, sparsity: float, floor: float, cap: fl
             f"floor is {floor!r} and cap {cap!r}, but all layers together are to have a sparsity of {sparsity!r}, "
             "which must lie between them."
         )
+    if budget == "bytes" and method != "kl":
+        raise ValueError(f"budget is 'bytes', but method={method!r} does not weigh layers by them; use method='kl'.")
+
+
+def checksum_of(batches: list[Batch]) -> str:
+    """Of everything that is in some batches."""
+    parts = {
+        f"{index} {name} {number}": part
+        for index, batch in enumerate(batches)
+        for name, value in batch.items()
+        for number, part in enumerate([value] if isinstance(value, torch.Tensor) else value)
+    }
+    return tensors_checksum(parts)
 
 
 def size_of(looked: Looked, key: str, budget: str) -> float:
@@ -229,7 +244,8 @@ def report(looked: Looked, method: str, sparsity: float, allocation: dict[str, A
     if method == "kl":
         kl = predicted_kl(allocation, wanted)
         step = float(FINE[1])
-        around = [max(sparsity - step, 0.0), min(sparsity + step, 0.985)]
+        middle = min(sparsity, 0.98)  # where the curves still have two sides
+        around = [max(middle - step, 0.0), middle + step]
         low, high = (sum(predicted_kl(allocation, split_within(allocation, s)).values()) for s in around)
         totals = {
             "kl": sum(kl.values()),

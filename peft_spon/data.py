@@ -118,7 +118,18 @@ def check_sizes(**sizes: int | None) -> None:
     for name, value in sizes.items():
         is_whole = isinstance(value, Integral) and not isinstance(value, bool)
         if not (is_whole and value >= 1) and not (name == "max_tokens" and value is None):
-            example = {"batch_size": 8, "max_length": 512, "tokens": 512, "n": 256}.get(name, 65536)
+            example = {
+                "batch_size": 8,
+                "max_length": 512,
+                "tokens": 512,
+                "n": 256,
+                "steps": 150,
+                "rows": 1,
+                "prompt_tokens": 16,
+                "new_tokens": 32,
+                "rounds": 5,
+                "threads": 2,
+            }.get(name, 65536)
             raise ValueError(f"{name} is {value!r}; use a whole number above 0, for example {example}.")
 
 

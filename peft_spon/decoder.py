@@ -20,7 +20,7 @@ class Running(NamedTuple):
     Attributes:
         names (`tuple`): the adapters in use, by order; of a merged layer none.
         merged (`tuple`): those of them that are merged.
-        beneath (`tuple`): the state of a LoRA beneath: merged, off, in use.
+        beneath (`tuple`): the state of a LoRA beneath: merged, off, in use, scaling.
         sparsifier (`Sparsifier`): S.
     """
 
@@ -42,7 +42,7 @@ class Decoder:
         around (`Callable`, *optional*): x to W x + b with what is around W, such as a LoRA that is not merged; the
             bias is without b then.
         state (`dict`): the tensors of S.
-        made_of (`list`): modules whose own tensors all that was made of.
+        made_of (`list`): modules whose own tensors, and places for some, all that was made of.
     """
 
     def __init__(
@@ -74,7 +74,6 @@ class Decoder:
             for module in made_of
             for held in (module._parameters, module._buffers)
             for name, tensor in held.items()
-            if tensor is not None
         ]
 
     def __reduce__(self):
@@ -180,9 +179,9 @@ class Decoding:
         super()._load_from_state_dict(*args, **kwargs)
 
 
-def version_of(tensor: torch.Tensor) -> int:
+def version_of(tensor: torch.Tensor | None) -> int:
     """Counts in-place changes; tensors made in inference mode have no counter."""
-    return 0 if tensor.is_inference() else tensor._version
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def constant_bias(*parts: torch.Tensor | None) -> torch.Tensor | None:

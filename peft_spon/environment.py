@@ -5,7 +5,6 @@
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ def environment() -> dict[str, Any]:
     for device in {device["name"].split(":")[0]: None for device in devices}:
         for dtype in (torch.float32, torch.bfloat16):
             kernel = active_kernel(device, dtype)
-            origin = kernel.origin.replace(str(Path.home()), "~")  # pasted where anybody reads it
+            origin = kernel.origin.replace(os.path.expanduser("~"), "~")  # pasted where anybody reads it
             kernels[f"{device} {str(dtype).removeprefix('torch.')}"] = {"name": kernel.name, "origin": origin}
     return {
         "python": f"{platform.python_implementation()} {platform.python_version()}",

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """TEAL's allocation (arXiv 2408.14690): inside a block, that layer next whose step hurts the block's output least."""
 
+import math
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -78,7 +79,13 @@ def calls_of(looked: Looked, blocks: dict[str, nn.Module]) -> dict[str, list[tup
 def error_of(block: nn.Module, calls: list[tuple]) -> float:
     """Squared error of a block's output, summed over its calls and all processes."""
     errors = [(first_of(block(*args, **kwargs)) - out).float().square().sum() for args, kwargs, out in calls]
-    return float(over_processes(torch.stack(errors).sum(dtype=torch.float64).cpu()))
+    total = float(over_processes(torch.stack(errors).sum(dtype=torch.float64).cpu()))
+    if not math.isfinite(total):
+        raise ValueError(
+            f"The outputs of a {type(block).__name__} are NaN or infinite; check the model's weights and dtype (fp16 "
+            "overflows, bf16 does not). Nothing was changed."
+        )
+    return total
 
 
 def path_of(

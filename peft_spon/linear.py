@@ -98,7 +98,8 @@ class SponLinear(Decoding, nn.Module, SponLayer):
             return None
         base, beneath = self.base_layer, ()
         if isinstance(base, BaseTunerLayer):
-            beneath = tuple(base.merged_adapters), base.disable_adapters, tuple(base.active_adapters)
+            scaling = tuple(vars(base).get("scaling", {}).items())
+            beneath = tuple(base.merged_adapters), base.disable_adapters, tuple(base.active_adapters), scaling
         return Running(names, merged, beneath, settings[names[0]].sparsifier)
 
     @torch.no_grad()

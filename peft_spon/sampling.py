@@ -5,16 +5,17 @@
 import json
 import os
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
 from .data import check_sizes, check_tokenizer, conversation_prompt, describe, opened, to_device
-from .modes import dense_mode, evaluation_mode
+from .modes import attribute, dense_mode, evaluation_mode
 from .sites import Site
 
 
@@ -37,7 +38,8 @@ def sample_texts(
     progress: bool | None = None,
 ) -> "Dataset":
     """
-    Texts drawn from the dense model, token by token from its own distribution (S off, no top-k, no top-p).
+    Texts drawn from the dense model, token by token from its own distribution (S off; no top-k, top-p, penalties or
+    other rules of the model's `generation_config`).
 
     Anchors trained on them are trained where the model is when it writes, and no data set is needed. A text ends at
     the model's end of text, or with its `tokens`-th token.
@@ -100,13 +102,14 @@ def sample_texts(
     starts = [start[: max(1, tokens // 2)] for start in starts]
     name = model.config._name_or_path
     made_by = {"model": name, "tokens": tokens, "temperature": temperature, "seed": seed}
-    rows = [] if path is None else read_rows(Path(path), made_by)[:n]
+    rows = [] if path is None else read_rows(Path(path), made_by, starts)[:n]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
     is_sparse = any(isinstance(module, Site) for module in model.modules())
     hidden = None if progress is None else not progress
     with (
         dense_mode(model) if is_sparse else nullcontext(),
         evaluation_mode(model),
+        own_distribution(model),
         torch.random.fork_rng(list(devices), device_type=next(iter(devices)).type if devices else "cuda"),
         tqdm(desc="sampling texts", total=n, initial=len(rows), unit=" texts", disable=hidden) as bar,
     ):
@@ -127,6 +130,7 @@ def sample_texts(
             )
             new = [{"text": tokenizer.decode(ids, skip_special_tokens=True), "input_ids": ids} for ids in found]
             if path is not None:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
                 with Path(path).open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps({**row, **made_by}) + "\n" for row in new)
             rows += new
@@ -158,7 +162,15 @@ def prompt_tokens(prompt: Any, tokenizer: Any) -> list[int]:
     return ids
 
 
-def read_rows(path: Path, made_by: dict[str, Any]) -> list[dict[str, Any]]:
+def own_distribution(model: nn.Module) -> AbstractContextManager[None]:
+    """`with own_distribution(model):` `generate` knows of the model's settings only where a text ends: those of some
+    models repress what has been said, or forbid tokens."""
+    holders = [module for module in model.modules() if "generation_config" in vars(module)]
+    plain = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    return attribute(holders, "generation_config", plain)
+
+
+def read_rows(path: Path, made_by: dict[str, Any], starts: list[list[int]]) -> list[dict[str, Any]]:
     """The rows of a file that were written to their ends; what a killed run left of another is cut off.
 
     Raises:
@@ -180,6 +192,10 @@ def read_rows(path: Path, made_by: dict[str, Any]) -> list[dict[str, Any]]:
                 f"'{path}' holds texts that were made with {changed}={row[changed]!r}, and now it is "
                 f"{made_by[changed]!r}; name another file, or delete it."
             )
+    for index, row in enumerate(rows):
+        start = starts[index % len(starts)]
+        if row["input_ids"][: len(start)] != start:
+            raise ValueError(f"'{path}' holds texts that follow other prompts; name another file, or delete it.")
     os.truncate(path, len(whole))
     return rows
 

@@ -3,6 +3,7 @@
 """How much the KL to the dense model suffers from each layer at each sparsity: one forward, one backward."""
 
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -57,11 +58,16 @@ class State:
         self.path, self.key = None if path is None else f"{os.fspath(path)}{f'.{rank()}' if rank() else ''}", key
         self.found: dict[str, Any] = {}
         if self.path is not None and os.path.exists(self.path):
-            saved = torch.load(self.path, weights_only=True)
+            try:
+                saved = torch.load(self.path, weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError, EOFError):
+                saved = None
+            if not isinstance(saved, dict) or "found" not in saved:
+                raise ValueError(f"{self.path} is no state file of allocate; remove it, or name another state_file.")
             if saved.get("key") != key:
                 raise ValueError(
-                    f"{self.path} was written by an allocation with other arguments, or for another model; remove it, "
-                    "or name another state_file."
+                    f"{self.path} was written by an allocation with other arguments or data, or for another model; "
+                    "remove it, or name another state_file."
                 )
             self.found = saved["found"]
 

@@ -27,6 +27,7 @@ from transformers import PrinterCallback, set_seed
 from .allocation import allocate
 from .budget import METHODS
 from .calibration import calibrate
+from .checksums import fields_checksum
 from .config import SponConfig
 from .criteria import CRITERIA
 from .data import check_arguments, check_sizes, iter_batches
@@ -142,7 +143,8 @@ def compare(
         raise ValueError(f"{len(common)} texts are both fitted on and measured on; leave them out of one.")
     name = model_name or Path(base.config._name_or_path).name or type(base).__name__
     dtype = str(next(base.parameters()).dtype).removeprefix("torch.")
-    study = {"model": name, "dtype": dtype, **asdict(protocol)}
+    data = fields_checksum({"train": train_texts, "held_out": held_out_texts})[:12]
+    study = {"model": name, "dtype": dtype, "data": data, **asdict(protocol)}
     found = read_study(path, study)
     wanted = [case for case in grid if not rows_of(found, case)]
     length = protocol.block
@@ -183,11 +185,12 @@ def read_study(path: str | os.PathLike, study: dict[str, Any]) -> dict[str, Any]
         found["rows"] = list(found["rows"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is no file of a study; give another name.") from None
-    if there != study:
+    if {"data": study.get("data"), **there} != study:  # older files do not tell
         differing = sorted(key for key in {*study, *there} if study.get(key) != there.get(key))
         raise ValueError(
-            f"{path} holds a study with another protocol ({', '.join(f'{k} {there.get(k)!r}' for k in differing)} "
-            f"there, {', '.join(f'{k} {study.get(k)!r}' for k in differing)} here); give another name."
+            f"{path} holds a study with another protocol or other data "
+            f"({', '.join(f'{k} {there.get(k)!r}' for k in differing)} there, "
+            f"{', '.join(f'{k} {study.get(k)!r}' for k in differing)} here); give another name."
         )
     return found
 

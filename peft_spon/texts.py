@@ -17,6 +17,7 @@ TEST_PACKAGES = {"test", "tests", "idle_test"}
 TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 TEXT_FILES = (".txt", ".md", ".rst", ".py", *TABLES)
 HELD_OUT_SPLITS = ("validation", "test", "held_out", "eval", "dev")
+ENCODING = "utf-8-sig"  # some programs put a mark at the beginning
 # Characters of a text that is tokenised at once.
 LONGEST = 100_000
 
@@ -105,7 +106,7 @@ def _read(source: str, held_out: bool) -> Iterable[Any]:
         return _read_file(path)
     if path.is_dir():
         return _read_folder(path, held_out)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) or path.suffix in TEXT_FILES:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) or path.suffix.lower() in TEXT_FILES:
         raise FileNotFoundError(
             f"There is no file or folder {source!r}, and it is no data set's name on the Hub (owner/name, or "
             f"owner/name:configuration); {STDLIB!r} is the source of Python's standard library."
@@ -118,18 +119,27 @@ def _has_splits(source: str) -> bool:
 
 
 def _read_file(path: Path) -> Iterable[Any]:
-    if path.suffix in TABLES:
-        return _datasets().load_dataset(TABLES[path.suffix], data_files=str(path), split="train")
-    text = path.read_text(encoding="utf-8", errors="ignore")
-    if not text.strip():
+    if is_empty(path):
         raise ValueError(f"{path} holds no text.")
-    return cut(text, LONGEST)
+    kind = path.suffix.lower()
+    if kind in TABLES:
+        return _datasets().load_dataset(TABLES[kind], data_files=str(path), split="train")
+    return cut(path.read_text(encoding=ENCODING, errors="ignore"), LONGEST)
+
+
+def is_empty(path: Path) -> bool:
+    """Whether a file holds nothing but white space."""
+    with path.open(encoding=ENCODING, errors="ignore") as file:
+        return not any(line.strip() for line in file)
 
 
 def _read_folder(folder: Path, held_out: bool) -> Iterable[Any]:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return _split_of(_datasets().load_from_disk(str(folder)), held_out, str(folder))
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in TEXT_FILES]
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix.lower() in TEXT_FILES]
+    files = [path for path in found if not is_empty(path)]  # such as __init__.py
+    if found and not files:
+        raise ValueError(f"The files of the folder {folder} hold no text.")
     if not files:
         raise ValueError(f"The folder {folder} has neither a saved data set nor files ending in {TEXT_FILES}.")
     return [row for path in files for row in _read_file(path)]

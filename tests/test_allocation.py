@@ -264,6 +264,8 @@ def test_saved_loaded_and_merged(tmp_path):
         ({"floor": 0.6}, "floor is 0.6 and cap None, but all layers together"),
         ({"cap": 0.4}, "cap 0.4, but all layers together are to have a sparsity of 0.5"),
         ({"cap": 1.5}, "cap is 1.5"),
+        ({"budget": "bytes", "method": "greedy"}, "budget is 'bytes', but method='greedy' does not weigh"),
+        ({"budget": "bytes", "method": "uniform"}, "budget is 'bytes', but method='uniform' does not weigh"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"adapter_name": "x"}, "no SPON adapter 'x'"),
         ({"data": []}, "The data is empty"),
@@ -292,6 +294,11 @@ def test_models_without_logits_and_broken_gradients(llama):
     with pytest.raises(ValueError, match="gradient at layer 'model.layers.0.self_attn.q_proj' is NaN"):
         quiet(model, batches())
     handle.remove()
+    assert shares(model) == before
+    bad = spon_layers(model)["model.layers.1.mlp.up_proj"].base_layer
+    bad.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="outputs of a LlamaDecoderLayer are NaN or infinite.*Nothing was changed"):
+        quiet(model, batches(), method="greedy")
     assert shares(model) == before
     headless = get_peft_model(llama.model, SponConfig())
     with pytest.raises(ValueError, match="LlamaModel gives no logits"):
@@ -347,8 +354,36 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
     assert shares(model) == shares(whole)
     quiet(model, batches(), sparsity=0.3, state_file=tmp_path / "state")
     assert len(calls) == 5, "another budget is the same search"
-    with pytest.raises(ValueError, match="written by an allocation with other arguments"):
-        quiet(model, batches(3), state_file=tmp_path / "state")
+    others = [{"input_ids": batch["input_ids"].flip(0)} for batch in batches()]  # as many tokens
+    for data in (batches(3), others):
+        with pytest.raises(ValueError, match="written by an allocation with other arguments or data"):
+            quiet(model, data, state_file=tmp_path / "state")
+    for content in (b"", b'{"key": 1}', b"PK\x03\x04"):
+        (tmp_path / "state").write_bytes(content)
+        with pytest.raises(ValueError, match="state is no state file of allocate; remove it"):
+            quiet(model, batches(), state_file=tmp_path / "state")
+        assert (tmp_path / "state").read_bytes() == content
+
+
+def test_an_interruption_at_the_very_end_changes_nothing(monkeypatch):
+    model = adapted()
+    before, config = shares(model), model.peft_config["default"]
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(peft_spon.allocation, "report", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quiet(model, batches(), sparsity=0.7)
+    assert shares(model) == before
+    assert model.peft_config["default"] is config
+
+
+@pytest.mark.parametrize("sparsity", [0.98, 0.985, 0.99, 0.995])
+def test_the_price_of_a_budget_at_the_end_of_the_curves(sparsity):
+    result = quiet(adapted(), batches(2), sparsity=sparsity)
+    assert result.price > 0
+    assert result.sparsity == sparsity
 
 
 def test_lora_beneath_bf16_and_offloaded_layers(llama):

@@ -5,6 +5,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -32,6 +33,7 @@ from peft_spon import (  # noqa: E402
 )
 from peft_spon.cli import main  # noqa: E402
 from peft_spon.cli.parser import COMMANDS, parse  # noqa: E402
+from peft_spon.cli.ship import uploaded  # noqa: E402
 from peft_spon.environment import environment, environment_text, problems  # noqa: E402
 from peft_spon.texts import read_data  # noqa: E402
 
@@ -181,6 +183,13 @@ def test_errors_are_one_line_and_debug_shows_where(call, tmp_path):
             "no criterion 'x'",
         ),
         (["report", "--out", "new"], "Give --model and --data"),
+        (["bench", "--model", "adapter", "--new-tokens", "1"], "new_tokens is 1: the first comes with the prompt"),
+        (["bench", "--model", "adapter", "--rounds", "0"], "rounds is 0; use a whole number above 0, for example 5"),
+        (["bench", "--model", "adapter", "--rows", "0"], "rows is 0"),
+        (["bench", "--model", "adapter", "--prompt-tokens", "0"], "prompt_tokens is 0"),
+        (["bench", "--model", "adapter", "--threads", "0"], "threads is 0"),
+        (["train", "--model", "llama", "--data", "train.txt", "--steps", "0", "--out", "new"], "steps is 0"),
+        (["demo", "--model", "llama", "--data", "train.txt", "--steps", "0", "--out", "new"], "steps is 0"),
         (["serve", "--folder", "llama"], "llama"),
         (["push", "--folder", "llama", "--to", "a/b"], "neither a SPON adapter nor a merged model"),
         (["push", "--folder", "nowhere", "--to", "a/b"], "no folder nowhere"),
@@ -220,6 +229,52 @@ def test_nothing_is_overwritten_without_force(call, tmp_path):
     assert code == 0
     assert (taken / "notes.txt").read_text() == "mine"
     assert (taken / "config.json").exists()
+
+
+def test_a_file_is_not_written_where_a_folder_is_and_the_other_way_round(call, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    data = ["--data", "train.txt"]
+    for arguments, message in [
+        (["evaluate", "--model", "adapter", *data, "--out", tmp_path / "folder"], "is a folder; name the file"),
+        (["evaluate", "--model", "adapter", *data, "--html", tmp_path / "folder"], "is a folder; name the file"),
+        (["report", "--model", "adapter", *data, "--out", tmp_path / "folder"], "is a folder; name the file"),
+        (["merge", "--model", "adapter", "--out", tmp_path / "file"], "is a file, and a folder is to be written"),
+        (["train", "--model", "llama", *data, "--out", tmp_path / "file"], "is a file, and a folder is to be written"),
+    ]:
+        for force in ([], ["--force"]):
+            code, out, err = call(*arguments, *force)
+            assert (code, out) == (1, "")
+            assert message in err
+    assert files(tmp_path) == {tmp_path / "file": b"mine"}
+
+
+def test_a_report_never_writes_its_page_over_its_numbers_or_drops_a_setting(call, tmp_path):
+    (tmp_path / "r.json").write_text("{}")
+    (tmp_path / "page.html").write_text("<html>")
+    measured, drawn = ["--model", "adapter", "--data", "test.txt"], ["--result", tmp_path / "r.json"]
+    for arguments, message in [
+        ([*measured, "--out", tmp_path / "new.json"], "name the page, such as .*new.html"),
+        ([*drawn, "--out", tmp_path / "r.json", "--force"], "name the page, such as .*r.html"),
+        ([*drawn, "--out", "new", "--training", "x"], "leave out --training"),
+        ([*drawn, "--out", "new", *measured], "or --result with"),
+        ([*drawn, "--out", "new", "--model", "adapter", "--prompts", "a"], "leave out --model, --prompts"),
+        (["--result", tmp_path / "page.html", "--out", "new"], "page.html is no JSON file; give the one that report"),
+        (drawn + ["--out", "new"], "This is no report"),
+    ]:
+        code, _, err = call("report", *arguments)
+        assert code == 1
+        assert re.search(message, err)
+    assert {path.name for path in tmp_path.iterdir()} == {"r.json", "page.html"}
+    assert (tmp_path / "r.json").read_text() == "{}"
+    assert not Path("new").exists()
+
+
+def test_the_users_folder_in_a_file_of_settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "settings.yaml").write_text("model: m\ndata: [t]\nout: ~/adapter\n")
+    assert parse(["calibrate", "--config", str(tmp_path / "settings.yaml")])[1]["out"] == tmp_path / "adapter"
+    assert parse(["merge", "--model", "m", "--out=~/a b/c"])[1]["out"] == tmp_path / "a b" / "c"
 
 
 def test_without_the_extra_the_pip_line_is_named(call, monkeypatch):
@@ -346,6 +401,30 @@ def test_a_training_that_was_killed_goes_on_to_the_same_anchors(result, call, tm
     assert again["kl_after"] == found["kl_after"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["_prepare_adapter", "calibration"])
+def test_a_training_that_was_begun_anew_never_goes_on_with_what_an_earlier_one_left(
+    where, result, call, tmp_path, monkeypatch
+):
+    arguments = ["train", "--model", "llama", "--data", "train.txt", "--save-steps", "1", "--steps", "2", *SIZE]
+    arguments += ["--allocation", "kl", "--training", json.dumps({"calibration_tokens": 128}), "--out", tmp_path / "o"]
+    result(*arguments, "--sparsity", "0.6")
+    assert (tmp_path / "o" / "checkpoints" / "checkpoint-2").exists()
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if where == "calibration":
+            patch.setattr("peft_spon.allocation.calibrate", killed)
+        else:
+            patch.setattr(SponTrainer, where, killed)
+        assert call(*arguments, "--sparsity", "0.4", "--force")[0] == 1
+    found = result(*arguments, "--sparsity", "0.4", "--resume")
+    assert SponConfig.from_pretrained(tmp_path / "o").sparsity == 0.4
+    assert [entry["step"] for entry in found["log"] if "loss" in entry] == [1, 2], "both steps were run"
+
+
 def test_train_goes_on_from_an_adapter_and_its_thresholds(result, tmp_path):
     arguments = ["train", "--model", "llama", "--adapter", "adapter", "--data", "train.txt", "--steps", "2", *SIZE]
     found = result(*arguments, "--learning-rate", "0.01", "--out", tmp_path / "a")
@@ -443,7 +522,7 @@ def test_compare_has_a_row_for_every_case_and_goes_on_where_it_was(result, call,
 
     code, _, err = call(*COMPARE, "--out", path, "--steps", "3")
     assert code == 1
-    assert "another protocol (steps 2 there, steps 3 here)" in err
+    assert "another protocol or other data (steps 2 there, steps 3 here)" in err
     assert json.loads(path.read_text()) == more
 
 
@@ -464,6 +543,21 @@ def test_compare_without_training_prints_a_table_and_needs_matplotlib_for_a_figu
     assert "trained" not in out.split("\n", 1)[1]
 
 
+def test_a_study_never_goes_on_with_other_data(tmp_path):
+    base, path = AutoModelForCausalLM.from_pretrained("llama"), tmp_path / "s.json"
+    small = study.Protocol(0, 1, 8, calibration_tokens=32, allocation_tokens=32, eval_tokens=32)
+    grid = study.cases(["topk"], [0.5])
+    parts = [words(120, seed).split("\n\n") for seed in range(3)]
+    found = study.compare(base, *parts[:2], word_tokenizer(), grid, path, small)
+    assert study.compare(base, *parts[:2], word_tokenizer(), grid, path, small) == found
+    for other in ((parts[0], parts[2]), (parts[2], parts[1])):
+        with pytest.raises(ValueError, match=f"other data .*data '{found['study']['data']}' there"):
+            study.compare(base, *other, word_tokenizer(), grid, path, small)
+    del found["study"]["data"]  # an older file
+    path.write_text(json.dumps(found))
+    assert study.compare(base, *parts[:2], word_tokenizer(), grid, path, small)["rows"] == found["rows"]
+
+
 def test_a_study_never_fits_on_what_it_measures_on(tmp_path):
     base = AutoModelForCausalLM.from_pretrained("llama")
     with pytest.raises(ValueError, match="1 texts are both fitted on and measured on"):
@@ -480,6 +574,15 @@ def test_bench_measures_dense_against_prepared(result, model):
     assert found["realised_sparsity"] == pytest.approx(0.5, abs=0.2)
     assert found["times_as_fast"] == pytest.approx(found["dense"]["token"] / found["sparse"]["token"])
     assert min(found[name]["tokens_per_second"] for name in ("dense", "sparse")) > 0
+
+
+def test_the_page_that_a_card_links_is_pushed_with_it(result, tmp_path):
+    adapter = shutil.copytree("adapter", tmp_path / "adapter")
+    (adapter / "trainer_state.pt").write_bytes(b"")
+    result("evaluate", "--model", adapter, "--data", "test.txt", "--max-tokens", "64", "--html", adapter / "page.html")
+    assert "(page.html)" in (adapter / "README.md").read_text()
+    names = {path.name for path in uploaded(adapter)}
+    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors", "page.html"}
 
 
 # ---- merge, env, push ----------------------------------------------------------------------------------------------

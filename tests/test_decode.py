@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 from models import GENERATE, MODELS, calibrated, inputs, logits
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 
@@ -293,6 +294,12 @@ def lora_merged(model):
     model.merge_adapter()
 
 
+def bias_put_there(model):
+    for name, layer in sites(model).items():
+        if name.endswith("up_proj"):
+            layer.base_layer.bias = torch.nn.Parameter(torch.ones(layer.out_features))
+
+
 CHANGES = {
     "dial": lambda model: model.set_sparsity(0.8),
     "anchors by hand": change_anchors,
@@ -307,6 +314,7 @@ CHANGES = {
     "merged and not": lambda model: (model.merge_adapter(), model.unmerge_adapter()),
     "lora": lora_beneath,
     "lora merged": lora_merged,
+    "bias put there": bias_put_there,
     "other dtype": lambda model: model.double().float(),
     "copied": lambda model: None,
 }
@@ -327,6 +335,23 @@ def test_changes_after_it_are_followed(change, calls):
     assert step_differences(plain, prepared) < 1e-5
     assert tokens(prepared).tolist() == tokens(plain).tolist()
     assert bool(calls) == (change != "off")
+
+
+def test_the_scale_of_a_lora_beneath_is_followed(calls):
+    """W α of input-side anchors is a constant that is made of it."""
+    torch.manual_seed(0)
+    config = SponConfig(sparsity=0.5, init_weights=False, prefill="sparse", anchor_space="input")
+    plain = calibrated(get_peft_model(MODELS["llama"](), config))
+    lora_beneath(plain)
+    prepared = copy.deepcopy(plain)
+    prepared.prepare_for_decode()
+    tokens(prepared)
+    for model in (plain, prepared):
+        for layer in sites(model).values():
+            if isinstance(layer.base_layer, LoraLayer):
+                layer.base_layer.scale_layer(3.0)
+    assert step_differences(plain, prepared) < 1e-5
+    assert calls
 
 
 def test_a_layer_of_a_dtype_without_kernel_goes_on(calls):

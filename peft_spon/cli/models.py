@@ -149,9 +149,13 @@ def is_merged(config: Any) -> bool:
     return method == METHOD
 
 
-def check_new(path: str | os.PathLike, force: bool, resume: bool = False) -> Path:
-    """A path to write to. Raises `ValueError` if something is there that would be lost."""
+def check_new(path: str | os.PathLike, force: bool, resume: bool = False, is_folder: bool = True) -> Path:
+    """A path to write to. Raises `ValueError` if something is there that would be lost, or of the other kind."""
     path = Path(path)
+    if is_folder and path.is_file():
+        raise ValueError(f"{path} is a file, and a folder is to be written; give another --out.")
+    if not is_folder and path.is_dir():
+        raise ValueError(f"{path} is a folder; name the file to write, such as {path / 'result'}.")
     is_taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
     if is_taken and not force and not resume:
         raise ValueError(

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from docstring_parser import DocstringStyle
@@ -66,6 +67,9 @@ def parse(argv: Sequence[str] | None) -> tuple[str, dict[str, Any], dict[str, bo
         subcommands.add_subcommand(name, subcommand, help=subcommand.description.split("\n")[0])
     found = parser.parse_args(argv)
     values = dict(found[found.command].as_dict())
+    for name, value in values.items():
+        if isinstance(value, Path):  # of a file of settings, where no shell has done it
+            values[name] = value.expanduser()
     options = {name: values.pop(name) for name in ("json", "debug")}
     values.pop("config")
     if "command" in inspect.signature(COMMANDS[found.command]).parameters:

@@ -147,7 +147,8 @@ def uploaded(folder: Path) -> list[Path]:
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
     loras = [path.parent for path in sorted(folder.glob("*/adapter_config.json"))]
     files += [path for lora in loras for path in sorted(lora.iterdir()) if path.is_file()]
-    return [path for path in files if path.suffix in (".json", ".safetensors", ".md", ".txt", ".model", ".jinja")]
+    kinds = (".json", ".safetensors", ".md", ".txt", ".model", ".jinja", ".html")  # the card links the report's page
+    return [path for path in files if path.suffix in kinds]
 
 
 def env() -> dict[str, Any]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import StoppingCriteria
 
+from ..data import check_sizes
 from ..sites import resolve_sites
 from ..statistics import Zeros
 
@@ -67,16 +68,19 @@ def measure_speed(
 
     Returns:
         `dict[str, Speed]`: by name.
+
+    Raises:
+        `ValueError`: a size below 1, or `new_tokens` below 2.
     """
+    check_turns(*input_ids.shape, new_tokens, rounds)
     steps, prompts = {name: [] for name in models}, {name: [] for name in models}
-    greedy = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, eos_token_id=None)
+    # One by one: of a GenerationConfig, None would give way to the model's own end of text.
+    greedy = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     for turn in range(rounds + 1):
         for name, model in models.items():
             ready, clock = model(), _Clock(now)
             mask = torch.ones_like(input_ids)
-            ready.generate(
-                input_ids=input_ids, attention_mask=mask, generation_config=greedy, stopping_criteria=[clock]
-            )
+            ready.generate(input_ids=input_ids, attention_mask=mask, stopping_criteria=[clock], **greedy)
             if turn:
                 times = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
                 prompts[name].append(times[0])
@@ -85,6 +89,13 @@ def measure_speed(
         name: Speed(statistics.median(steps[name]), statistics.median(prompts[name]), len(input_ids))
         for name in models
     }
+
+
+def check_turns(rows: int, prompt_tokens: int, new_tokens: int, rounds: int) -> None:
+    """Raises `ValueError` for sizes with which [`measure_speed`] has nothing to time."""
+    check_sizes(rows=rows, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds)
+    if new_tokens < 2:
+        raise ValueError(f"new_tokens is {new_tokens!r}: the first comes with the prompt; use 2 or more, e.g. 32.")
 
 
 @torch.no_grad()

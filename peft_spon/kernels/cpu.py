@@ -58,17 +58,17 @@ def _load() -> tuple[Library | None, Kernel]:
         )
     if wish == "torch":
         return None, Kernel("embedding_bag", "asked for by PEFT_SPON_CPU_KERNEL=torch")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_spon"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "peft_spon"
     path, origin = build.SOURCE.with_name(build.library_name()), "came with the package"
-    if not path.exists():
-        path, origin = cache / path.name, "compiled on first use"
     try:
+        if not path.exists():
+            path, origin = cache.expanduser() / path.name, "compiled on first use"
         if not path.exists():
             if wish == "no-build":
                 return None, Kernel("embedding_bag", "nothing compiled, PEFT_SPON_CPU_KERNEL=no-build")
-            build.compile_into(cache)
+            build.compile_into(path.parent)
         library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # Runtime: the user has no home
         said = (getattr(error, "stderr", None) or "").strip()[-500:]
         return None, Kernel("embedding_bag", f"no compiled library: {error} {said}".strip())
     _share_torchs_threads(library)

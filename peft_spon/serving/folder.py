@@ -66,7 +66,7 @@ def check_folder(folder: str | os.PathLike) -> None:
         found = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'} is damaged ({error}); save or download the model again.") from None
-    values = found.get("quantization_config") or {}
+    values = (found.get("quantization_config") if isinstance(found, dict) else None) or {}
     if values.get("quant_method") != METHOD:
         raise ValueError(
             f"'{folder}' is no merged SPON model (quant_method is {values.get('quant_method')!r}); serve it by vLLM's "
