@@ -10,6 +10,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 
 Batch = dict[str, Any]  # tensors, or lists of tensors where pictures differ in size
@@ -361,7 +362,18 @@ def to_device(batch: Batch, model: torch.nn.Module) -> Batch:
     """The batch on the device of the model's first parameter that is in memory: offloaded ones are on "meta"."""
     devices = (p.device for p in model.parameters())
     device = next((d for d in devices if d.type != "meta"), torch.device("cpu"))
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        batch = told_apart(batch)
     return {
         key: value.to(device) if isinstance(value, torch.Tensor) else [part.to(device) for part in value]
         for key, value in batch.items()
     }
+
+
+def told_apart(batch: Batch) -> Batch:
+    """A padding token more in an encoder whose rows are as long as the decoder's: masks are known by their shape."""
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    of_decoder = batch.get("decoder_input_ids", batch.get("labels"))
+    if mask is None or ids is None or of_decoder is None or mask.shape != of_decoder.shape:
+        return batch
+    return {**batch, "input_ids": pad(ids, (0, 1)), "attention_mask": pad(mask, (0, 1))}

@@ -265,8 +265,9 @@ def watch(
     bar = tqdm(desc=label, total=max_tokens, unit=" tokens", disable=None if progress is None else not progress)
     with observer, evaluation_mode(model), bar:
         for batch in batches:
-            observer.start_batch(batch)
-            run(model, batch)
+            inputs = to_device(batch, model)
+            observer.start_batch(inputs)
+            run(model, inputs)
             tokens += count_tokens(batch)
             bar.update(count_tokens(batch))
     return tokens

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from models import MODELS, VOCAB, build, inputs, logits
 from peft import get_peft_model
 from torch import nn
+from torch.nn.functional import pad
 
-from peft_spon import CRITERIA, SponConfig, calibrate, evaluate
+from peft_spon import CRITERIA, SponConfig, allocate, calibrate, evaluate
 from peft_spon.criteria import threshold_at
 from peft_spon.modes import dense_mode
 from peft_spon.sites import spon_layers
@@ -139,6 +140,26 @@ def test_set_sparsity_needs_no_data_and_equals_a_fresh_calibration(llama):
     with pytest.raises(ValueError, match=r"no SPON adapter 'x'; the model has \['default'\]"):
         model.set_sparsity(0.5, adapter_name="x")
     assert torch.equal(logits(model, "llama"), logits(fresh, "llama"))
+
+
+@pytest.mark.parametrize("measure", ["calibrate", "allocate"])
+def test_an_encoders_padding_is_not_the_decoders(measure):
+    """Also where both have rows of one length, and a mask might be of either."""
+    batch = {**inputs("t5", rows=4, tokens=12), "attention_mask": torch.ones(4, 12, dtype=torch.long)}
+    batch["labels"] = batch["input_ids"].flip(1)
+    batch["attention_mask"][:2, 4:] = 0
+    longer = {key: value if key == "labels" else pad(value, (0, 3)) for key, value in batch.items()}
+    found = []
+    for data in (batch, longer):
+        model = get_peft_model(MODELS["t5"](), SponConfig(sparsity=0.5, criterion="magnitude"))
+        calibrate(model, [data], progress=False)
+        if measure == "allocate":
+            allocation = allocate(model, [data], progress=False)
+            found.append(torch.tensor([allocation.tokens, *(layer.kl for layer in allocation.layers)]))
+            assert allocation.tokens == 48
+        else:
+            found.append(torch.stack([layer.spon_threshold["default"] for layer in spon_layers(model).values()]))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-8)
 
 
 def test_padding_does_not_count(family):
