@@ -59,11 +59,13 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def samples(model, tokenizer, prompts: list | None, tokens: int, seed: int, path: Path) -> list[str]:
+def samples(model, tokenizer, prompts: list | None, tokens: int, length: int, seed: int, path: Path) -> list[str]:
     """Texts of the dense model, of at least so many tokens in all; those already in the file are not drawn again."""
     count, found = 32, []
     while sum(map(len, found)) < tokens:
-        rows = sample_texts(model, tokenizer, count, tokens=512, prompts=prompts, batch_size=32, seed=seed, path=path)
+        rows = sample_texts(
+            model, tokenizer, count, tokens=length, prompts=prompts, batch_size=32, seed=seed, path=path
+        )
         found, count = list(rows["input_ids"]), count + 32
     return list(rows["text"])
 
@@ -114,10 +116,10 @@ def main() -> None:
         asked, others = ([part[:40] for part in kind if part.strip()][:64] for kind in (text, held_out))
 
     wanted = args.steps * args.batch * args.block + 8192
-    free = samples(base, tokenizer, None, wanted // 2, 1, args.out / "from_nothing.jsonl")
-    answers = samples(base, tokenizer, asked, wanted // 2, 2, args.out / "answers.jsonl")
+    free = samples(base, tokenizer, None, wanted // 2, args.block, 1, args.out / "from_nothing.jsonl")
+    answers = samples(base, tokenizer, asked, wanted // 2, args.block, 2, args.out / "answers.jsonl")
     other_answers = samples(
-        base, tokenizer, others, args.eval_tokens + args.block, 3, args.out / "other_answers.jsonl"
+        base, tokenizer, others, args.eval_tokens + args.block, args.block, 3, args.out / "other_answers.jsonl"
     )
     own = list(chain.from_iterable(zip(free, answers, strict=False)))
     on_text, on_own = (blocks(kind, tokenizer, args, wanted) for kind in (text, own))

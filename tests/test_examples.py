@@ -115,3 +115,25 @@ def test_data_study(tmp_path, run_here):
     assert len(rows) == 6
     assert all(0 < float(kl) < 1 for *_, before, after in rows for kl in (before, after))
     assert len((tmp_path / "out/data_study/other_answers.jsonl").read_text().splitlines()) > 2
+
+
+@pytest.mark.slow
+def test_recipe_study_goes_on_with_its_file(tmp_path, run_here):
+    for name in ("train", "held_out"):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(list(topics.values())[name == "train" :: 8]))
+    files = ["--train", str(tmp_path / "train.txt"), "--held-out", str(tmp_path / "held_out.txt")]
+    size = ["--steps", "1", "--sparsity", "0.5", "--seeds", "0", "--eval-tokens", "512", *files]
+    out = run_here("recipe_study.py", "--recipes", "default", *size)
+    assert re.search(r"^\| 50% \| default \| [45]\d\.\d% \|", out, re.M)
+    out = run_here("recipe_study.py", "--recipes", "default", "repair LoRA", *size)
+    assert out.count('"recipe"') == 1, "what is in the file is not measured again"
+    assert re.search(r"^\| 50% \| repair LoRA \|", out, re.M)
+    assert len((tmp_path / "out/recipe_study.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.slow
+def test_lora_study(run_here, task):
+    recipe = "LoRA trained dense, then anchors"
+    size = ["--steps", "1", "--lora-steps", "1", "--eval-tokens", "512", "--sparsity", "0.5"]
+    out = run_here("lora_study.py", "--recipes", recipe, *size, *task)
+    assert re.search(rf"^\| sparse: {recipe} \| 1 dense, 1 anchors \| \d\.\d+ \(", out, re.M)
