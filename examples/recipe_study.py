@@ -62,7 +62,7 @@ VARIANTS = {
     "no warm-up": ({}, {"warmup_share": 0.0}),
     "temperature 2": ({}, {"temperature": 2.0}),
     "repair LoRA": ({}, {"repair_lora": 16}),
-    "repair LoRA, rate 1e-3": ({}, {"repair_lora": 16, "repair_lora_learning_rate": 1e-3}),
+    "repair LoRA, rate 3e-3": ({}, {"repair_lora": 16, "repair_lora_learning_rate": 3e-3}),
     "repair LoRA, rate 1e-2": ({}, {"repair_lora": 16, "repair_lora_learning_rate": 1e-2}),
 }
 # How the sparsity is spread over the layers before the training; by default "kl".

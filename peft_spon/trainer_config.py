@@ -37,7 +37,7 @@ class SponTrainingConfig(SFTConfig):
             `dense_mode` is without it. 0: none is added, but one that is there is trained on. 16 was measured. It is
             saved beside the adapter, loads with `load_with_lora`, and costs nothing at run time once it is merged:
             the merged weights are then no longer the base's.
-        repair_lora_learning_rate (`float`, *optional*, defaults to `3e-3`):
+        repair_lora_learning_rate (`float`, *optional*, defaults to `1e-3`):
             Peak learning rate of that LoRA.
         warmup_share (`float`, *optional*, defaults to `0.1`):
             Share of the steps, rounded down, over which the rates rise from 0; `warmup_steps` overrides it.
@@ -72,7 +72,7 @@ class SponTrainingConfig(SFTConfig):
         default=0,
         metadata={"help": "Rank of a LoRA beneath SPON that is trained with the anchors and is part of the repair."},
     )
-    repair_lora_learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of that LoRA."})
+    repair_lora_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of that LoRA."})
     warmup_share: float = field(
         default=0.1,
         metadata={"help": "Share of the steps over which the rates rise from 0; `warmup_steps` overrides it."},
@@ -130,7 +130,7 @@ class SponTrainingConfig(SFTConfig):
             raise ValueError(f"repair_lora is {self.repair_lora!r}; use 0 for none, or the LoRA's rank, e.g. 16.")
         if not self.repair_lora_learning_rate >= 0:
             raise ValueError(
-                f"repair_lora_learning_rate is {self.repair_lora_learning_rate!r}; use a number >= 0, e.g. 3e-3."
+                f"repair_lora_learning_rate is {self.repair_lora_learning_rate!r}; use a number >= 0, e.g. 1e-3."
             )
         if not 0 <= self.warmup_share < 1:
             raise ValueError(f"warmup_share is {self.warmup_share!r}; use a number in [0, 1), 0 for no warm-up.")

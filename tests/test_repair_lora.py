@@ -222,7 +222,7 @@ def test_it_is_trained_on_whether_it_is_asked_for_or_not(tmp_path, tokenizer):
         group for group in groups if {id(p) for p in group["params"]} & {id(p) for p in repair_parameters(model)}
     ]
     assert len(own["params"]) == len(before)
-    assert own["initial_lr"] == 3e-3
+    assert own["initial_lr"] == 1e-3
     with pytest.raises(ValueError, match="repair LoRA of rank 4, and rank 8 is asked for"):
         trainer_of("spon", model, tmp_path, tokenizer, repair_lora=8)
 

@@ -18,7 +18,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from .._version import __version__
-from . import fit, measure, ship
+from . import fit, measure, ship, tasks
 from .demo import demo
 
 
@@ -28,7 +28,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "allocate": fit.allocate,
     "train": fit.train,
     "evaluate": measure.evaluate,
-    "harness": measure.harness,
+    "harness": tasks.harness,
     "compare": measure.compare,
     "report": measure.report,
     "merge": ship.merge,
