@@ -301,6 +301,7 @@ def files(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_pickles_are_refused_when_saving_and_nothing_changes(family, tmp_path):
     model = adapter(family)

@@ -187,6 +187,7 @@ def test_layers_that_share_an_input_share_the_work(llama, monkeypatch):
     assert len(calls) == 2 * 4, "per block: q k v share, o, gate up share, down"
 
 
+@pytest.mark.slow
 def test_second_pass_fits_what_the_sparse_model_sees():
     data = batches(count=8)
     realised = {}

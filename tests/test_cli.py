@@ -567,6 +567,7 @@ def test_a_study_never_fits_on_what_it_measures_on(tmp_path):
         study.read_study(tmp_path / "s.json", {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["llama", "adapter", "merged"])
 def test_bench_measures_dense_against_prepared(result, model):
     found = result("bench", "--model", model, "--rounds", "1", "--new-tokens", "4", "--dtype", "float32")

@@ -96,6 +96,7 @@ def no_new_criteria():
     CRITERIA.update(known)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_python_blocks_run_in_order(page, prepared, monkeypatch, few_steps, no_new_criteria):
     monkeypatch.chdir(prepared)

@@ -34,6 +34,7 @@ FIELDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.parametrize(
     "pattern",
@@ -117,6 +118,7 @@ def check_card(path, wanted="name-of-the-base-model"):
     assert "\n# Mine" not in path.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVIL)
 def test_a_name_does_not_become_code_in_cards(llama, name, tmp_path):
     wanted = None if name == "user/base\n" else "name-of-the-base-model"

@@ -55,6 +55,7 @@ def test_shape_of_another_model(saved):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["spon_threshold", "spon_quantiles", "spon_column_scale", "spon_anchor", "spon_gain"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_finite(saved, part, value):

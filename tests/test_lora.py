@@ -149,6 +149,7 @@ def test_copies_and_pickles_still_work(route):
     assert copy.deepcopy(layer).place.parent is None, "a copy of a layer does not drag the model along"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -192,6 +193,7 @@ def test_a_failed_add_lora_leaves_the_model_as_it_was():
 # ---- what is trained ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["lora", "anchors", "both"])
 def test_set_trainable(route, what):
     model = route(lora=lora_config(modules_to_save=["lm_head"]))

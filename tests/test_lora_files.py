@@ -153,6 +153,7 @@ SPON_DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [
@@ -328,6 +329,7 @@ def test_a_lora_that_moves_weights_and_fails_is_undone(kind):
     assert all(torch.equal(value, wanted[name]) for name, value in found.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["pissa", "gaussian", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("olora", "mica"))]
 )

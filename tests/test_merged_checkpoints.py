@@ -58,6 +58,7 @@ def test_save_and_load_give_the_same_bits(family, tmp_path):
 DIALS = [{"gain": False}, {"prefill": 0.5}, {"anchor_space": "input"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
 @pytest.mark.parametrize("fields", [{}, *(pytest.param(dial, marks=pytest.mark.slow) for dial in DIALS)], ids=str)
 def test_every_criterion_and_dial_comes_back(criterion, fields, tmp_path):

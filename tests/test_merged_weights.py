@@ -75,6 +75,7 @@ def test_a_changed_range_of_any_parameter_is_refused(family, tmp_path):
         shutil.rmtree(tmp_path / "changed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loaded", DTYPES, ids=str)
 @pytest.mark.parametrize("stored", DTYPES, ids=str)
 def test_checked_in_whatever_dtype_it_is_loaded(saved, stored, loaded, tmp_path):
@@ -179,6 +180,7 @@ MAPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device_map", sorted(MAPS))
 @pytest.mark.parametrize("shards", ["50GB", "20KB"])
 def test_offloaded_weights_are_checked(device_map, shards, tmp_path):

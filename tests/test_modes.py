@@ -71,6 +71,7 @@ def test_two_blocks_that_end_in_any_order(model, first, second, training):
     assert state(model) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", itertools.permutations(range(3)))
 @pytest.mark.parametrize("block", BLOCKS)
 def test_three_of_a_kind(model, order, block):

@@ -71,6 +71,7 @@ def test_save_and_load_give_equal_logits(family, tmp_path, low_cpu_mem_usage):
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
 @pytest.mark.parametrize("space", ["input", "output"])
 def test_every_criterion_survives_saving(criterion, space, tmp_path):
@@ -244,6 +245,7 @@ def test_gradient_checkpointing_changes_no_gradient(family, reentrant):
         torch.testing.assert_close(plain, saved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models(family, dtype, tmp_path):
     model = get_peft_model(MODELS[family]().to(dtype), random_config()).eval()
@@ -292,6 +294,7 @@ def bert_for(task):
     return MODELS["t5"]() if task == "SEQ_2_SEQ_LM" else build(kind[task], config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", sorted(MODEL_TYPE_TO_PEFT_MODEL_MAPPING))
 def test_every_task_type_trains_and_saves_what_it_does_with_lora(task, tmp_path):
     family = "t5" if task == "SEQ_2_SEQ_LM" else "bert"
@@ -474,6 +477,7 @@ def trained_adapters(model):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("second", [False, True])
 @pytest.mark.parametrize("first", [False, True])
@@ -496,6 +500,7 @@ def test_a_second_adapter_is_trained_as_with_lora(first, second, low_cpu_mem_usa
     assert found[1][1] == ({"b"}, ["b"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("criterion", ["weighted", "larosa"])
 def test_adapters_in_the_models_dtype(dtype, criterion, tmp_path):

@@ -78,6 +78,7 @@ def test_merged_models_do_the_same(way, task_type):
         assert torch.equal(generate(model, **options(model)), plain), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefill", ["dense", 0.5])
 @pytest.mark.parametrize("way", WAYS)
 def test_the_leading_tokens_of_the_prompt_are_dense_and_no_others(prefill, way):

@@ -200,6 +200,7 @@ def test_rows_are_the_real_tokens_of_one_length():
     assert alone.tolist() == [ids[0].tolist()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prepared", [False, True])
 def test_the_model_is_left_as_it_was(prepared):
     model = adapter(prefill="dense")

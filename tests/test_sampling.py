@@ -27,6 +27,7 @@ def sparse(family="llama"):
     return calibrated(get_peft_model(MODELS[family](), SponConfig(sparsity=0.7, init_weights=False)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("prompts", [None, ["w5 w6", "w7", "w8 w9 w10 w11"]])
 def test_texts_are_those_of_the_plain_model(family, prompts, words):

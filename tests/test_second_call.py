@@ -116,6 +116,7 @@ def test_a_second_call_that_fails_changes_nothing(merged, llama):
     assert list(old.peft_config) == ["default"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["base", "LoRA model"])
 @pytest.mark.parametrize("lora_name", ["default", "mine"])
 def test_lora_beneath_stays(given, lora_name, tmp_path):

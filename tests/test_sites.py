@@ -18,6 +18,7 @@ def adapted(family="llama", **kwargs):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 @pytest.mark.parametrize("fields", [{}, {"prefill": "dense"}, {"anchor_space": "input", "gain": False}])
 def test_blocks_do_to_a_merged_model_what_they_do_to_the_adapter(family, fields):

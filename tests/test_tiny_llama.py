@@ -51,6 +51,7 @@ def test_files(base, tokenizer):
     assert f"{record['held_out_perplexity']:.2f}" in (TINY_LLAMA / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_split_is_by_file_and_the_same_everywhere(texts):
     train, held_out = texts["train"], texts["held_out"]
     assert not set(train) & set(held_out)

@@ -360,6 +360,7 @@ def test_modules_to_save_and_other_optimizers(tmp_path, tokenizer):
     assert isinstance(trainer.create_optimizer(), torch.optim.SGD)
 
 
+@pytest.mark.slow
 def test_divergence_stops_training_with_the_best_anchors(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, max_steps=200, learning_rate=50.0, gain_learning_rate=5.0)
     with pytest.raises(TrainingDiverged, match=r"The KL diverges.*Lower learning_rate \(now 50\)"):
@@ -431,6 +432,7 @@ def test_packing_and_padding_do_not_change_the_loss(tmp_path, tokenizer):
     assert kl(packing=True) == pytest.approx(padded, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_chat_and_streaming_data(tmp_path, tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<s> ' if m['role'] == 'user' else '' }}"

@@ -132,6 +132,7 @@ def test_rows_that_only_an_own_collator_reads(tmp_path, tokenizer, relative):
         trainer._distill(model, {"input_ids": torch.ones(1, 4, dtype=torch.long)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "sparsity", "wanted"),
     [
