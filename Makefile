@@ -47,7 +47,7 @@ test: $(VENV)/.installed $(QUANT)/.installed $(HARNESS)/.installed
 	$(if $(ARGS),,PYTHONPATH=$(QUANT) $(BIN)/python -m pytest tests/test_quantized.py)
 	$(if $(ARGS),,PYTHONPATH=$(HARNESS) $(BIN)/python -m pytest tests/test_harness.py)
 
-# All but the tests marked slow (trainings, other processes, whole examples): about 2.5 minutes on 2 cores.
+# All but the tests marked slow (trainings, other processes, whole examples): under 2 minutes on 2 cores.
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
 
