@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from smollm2 import load, texts
+from smollm2 import distil, load, texts
 from stdlib_data import stdlib_texts
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, allocate, calibrate, evaluate, sample_texts
+from peft_spon import SponConfig, SponTrainer, allocate, calibrate, evaluate, sample_texts
 from peft_spon.data import iter_batches
 
 
@@ -83,21 +83,7 @@ def trained(base, tokenizer, rows: list[list[int]], args: argparse.Namespace):
     model = get_peft_model(copy.deepcopy(base), SponConfig(sparsity=args.sparsity, task_type="CAUSAL_LM"))
     calibrate(model, data, max_tokens=8192, max_length=args.block)
     allocate(model, data, max_length=args.block)
-    SponTrainer(
-        model=model,
-        args=SponTrainingConfig(
-            output_dir=str(args.out / "trainer"),
-            max_steps=args.steps,
-            per_device_train_batch_size=args.batch,
-            max_length=args.block,
-            save_strategy="no",
-            report_to=[],
-            gradient_checkpointing=False,
-            seed=args.seed,
-        ),
-        train_dataset=data,
-        processing_class=tokenizer,
-    ).train()
+    distil(SponTrainer, model, tokenizer, data, args, args.batch)
     return model
 
 

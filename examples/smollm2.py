@@ -79,6 +79,22 @@ class Training(SponTrainer):
             )
 
 
+def distil(trainer: type[SponTrainer], model, tokenizer, rows: Dataset, args: argparse.Namespace, batch: int, **more):
+    """Train anchors and gains on rows of `args.block` tokens, `batch` of them a step."""
+    settings = SponTrainingConfig(
+        output_dir=str(args.out / "trainer"),
+        max_steps=args.steps,
+        per_device_train_batch_size=batch,
+        max_length=args.block,
+        save_strategy="no",
+        report_to=[],
+        gradient_checkpointing=False,
+        seed=args.seed,
+        **more,
+    )
+    trainer(model=model, args=settings, train_dataset=rows, processing_class=tokenizer).train()
+
+
 def main() -> None:
     args = parse_args()
     transformers_logging.set_verbosity_error()
@@ -107,23 +123,8 @@ def main() -> None:
     print(f"allocated after {time.time() - begun:.0f} s")
 
     begun = time.time()
-    Training(
-        model=model,
-        args=SponTrainingConfig(
-            output_dir=str(args.out / "trainer"),
-            max_steps=args.steps,
-            repair_lora=args.repair_lora,
-            per_device_train_batch_size=2,
-            max_length=args.block,
-            logging_steps=min(10, args.steps),
-            save_strategy="no",
-            report_to=[],
-            gradient_checkpointing=False,
-            seed=args.seed,
-        ),
-        train_dataset=rows,
-        processing_class=tokenizer,
-    ).train()
+    more = {"repair_lora": args.repair_lora, "logging_steps": min(10, args.steps)}
+    distil(Training, model, tokenizer, rows, args, batch=2, **more)
     print(f"trained after {time.time() - begun:.0f} s")
     print(evaluate(model, held_out, tokenizer, max_tokens=args.eval_tokens, **size))
     model.save_pretrained(args.out)

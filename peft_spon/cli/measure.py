@@ -1,6 +1,6 @@
 # Copyright 2026 The peft_spon authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that measure: `evaluate`, `harness`, `compare`, `report`, `bench`.
+"""Commands that measure: `evaluate`, `compare`, `report`, `bench`.
 
 Parameters are the flags, docstrings the help, and what is returned is the JSON; see `parser.py`.
 """
