@@ -148,7 +148,7 @@ def measure(n_in: int, n_out: int, dtype: torch.dtype, arguments, cache: int):
 def overhead(now, repeats: int = 200) -> dict[str, dict[str, float]]:
     """Microseconds of a call of a 64 x 64 layer: criterion to what the layer is to the median."""
     found, x = {}, torch.randn(1, 1, 64)
-    for criterion in ("magnitude", "relative", "weighted", "topk"):
+    for criterion in ("magnitude", "relative", "weighted", "robust", "topk"):
         layers = {"nn.Linear": nn.Linear(64, 64, bias=False)}
         for name in ("adapter", "prepared", "merged", "merged and prepared"):
             config = SponConfig(criterion=criterion, sparsity=0.5, target_modules=["0"], prefill="sparse")

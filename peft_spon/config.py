@@ -70,10 +70,11 @@ class SponConfig(PeftConfig):
             Share of the entries of every targeted layer's input that S zeroes, in [0, 1).
         sparsity_pattern (`dict[str, float]`, *optional*):
             Layer name or regular expression to sparsity, overriding `sparsity`, matched as LoRA's `rank_pattern`.
-        criterion (`str`, *optional*, defaults to `"weighted"`):
-            What makes an entry important: `"magnitude"`, `"relative"`, `"topk"`, `"wina"` or `"weighted"`.
+        criterion (`str`, *optional*, defaults to `"robust"`):
+            What makes an entry important: `"magnitude"`, `"relative"`, `"topk"`, `"wina"`, `"weighted"`, `"robust"`,
+            `"rsparse"` or `"larosa"`.
         criterion_kwargs (`dict[str, Any]`, *optional*):
-            Dials of the criterion, for example `{"norm": 1.0}` for `"wina"` and `"weighted"`.
+            Dials of the criterion, for example `{"norm": 1.0}` for `"wina"`, `"weighted"` and `"robust"`.
         target_modules (`list[str]` or `str`, *optional*):
             Names (or one regular expression) of the layers to sparsify; default: every linear layer of the
             transformer blocks, never the embedding or the output head; of a model for text and pictures or speech,
@@ -126,8 +127,11 @@ class SponConfig(PeftConfig):
         metadata={"help": "Layer name or regular expression to sparsity, overriding `sparsity`."},
     )
     criterion: str = field(
-        default="weighted",
-        metadata={"help": "What makes an entry important: magnitude, relative, topk, wina or weighted."},
+        default="robust",
+        metadata={
+            "help": "What makes an entry important: magnitude, relative, topk, wina, weighted, robust, rsparse or "
+            "larosa."
+        },
     )
     criterion_kwargs: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Dials of the criterion, for example {'norm': 1.0}."}

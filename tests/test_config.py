@@ -20,7 +20,10 @@ from peft_spon import SponConfig
         ({"sparsity": float("nan")}, "sparsity is nan"),
         ({"sparsity_pattern": {"down_proj": 2}}, r"sparsity_pattern\['down_proj'\] is 2"),
         ({"sparsity_pattern": {"(": 0.5}}, "not a regular expression"),
-        ({"criterion": "magnitud"}, "criterion is 'magnitud'; use one of magnitude, relative, topk, wina, weighted"),
+        (
+            {"criterion": "magnitud"},
+            "is 'magnitud'; use one of magnitude, relative, topk, wina, weighted, robust",
+        ),
         ({"criterion": "magnitude", "criterion_kwargs": {"norm": 1}}, r"has \['norm'\] but the dials .* are none"),
         ({"criterion": "wina", "criterion_kwargs": {"norm": 0}}, "norm is 0; use a number above 0"),
         ({"anchor_space": "middle"}, "anchor_space is 'middle'; use one of input, output"),

@@ -25,11 +25,27 @@ def test_scores_are_the_documented_formulas():
     torch.testing.assert_close(score("relative"), X.abs() / rms)
     weighted = X.abs() * NORMS
     torch.testing.assert_close(score("weighted"), weighted / weighted.square().mean(-1, keepdim=True).sqrt())
+    torch.testing.assert_close(score("robust"), weighted / weighted.mean(-1, keepdim=True))
 
 
-@pytest.mark.parametrize("name", ["relative", "weighted"])
+@pytest.mark.parametrize("name", ["relative", "weighted", "robust"])
 def test_relative_scores_do_not_depend_on_the_scale_of_a_token(name):
     torch.testing.assert_close(score(name)[0], score(name)[1])
+
+
+def test_massive_activations_hardly_move_the_bound_of_robust():
+    """Two huge entries among 576: the token's other entries are kept by its mean, and dropped by its mean square."""
+    x = torch.randn(1, 576, generator=torch.Generator().manual_seed(0))
+    massive = torch.cat([x[:, :-2], torch.tensor([[150.0, -100.0]])], dim=-1)
+    kept = {}
+    for name in ("weighted", "robust"):
+        criterion = CRITERIA[name]()
+        usual, other = (criterion.score(part, {"column_scale": torch.ones(576)}) for part in (x, massive))
+        threshold = usual.median()
+        kept[name] = [float((scores > threshold).float().mean()) for scores in (usual, other)]
+    assert kept["weighted"][0] == kept["robust"][0] == 0.5
+    assert kept["weighted"][1] < 0.02
+    assert kept["robust"][1] > 0.3
 
 
 @pytest.mark.parametrize("name", sorted(CRITERIA))

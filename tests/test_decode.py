@@ -30,7 +30,7 @@ from peft_spon.repair import Repair
 from peft_spon.sites import sites
 
 
-CRITERIA = ["magnitude", "relative", "weighted", "topk", "wina"]
+CRITERIA = ["magnitude", "relative", "weighted", "robust", "topk", "wina"]
 KINDS = ["adapter", "merged in place", "merged"]
 
 

@@ -140,10 +140,11 @@ def test_half_precision_numbers_of_every_size():
 
 
 def score_arguments(name, norms):
-    return {"column_scale": norms if name == "weighted" else None, "relative": name != "magnitude"}
+    order = {"magnitude": 0, "robust": 1, "relative": 2, "weighted": 2}[name]
+    return {"column_scale": norms if name in ("weighted", "robust") else None, "relative": order}
 
 
-@pytest.mark.parametrize("name", ["magnitude", "relative", "weighted"])
+@pytest.mark.parametrize("name", ["magnitude", "relative", "weighted", "robust"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [8, 77, 576, 1536])
 def test_the_set_is_that_of_the_criterion(name, dtype, n):
@@ -160,7 +161,7 @@ def test_the_set_is_that_of_the_criterion(name, dtype, n):
             assert torch.equal(y, expected)
 
 
-@pytest.mark.parametrize("name", ["magnitude", "relative", "weighted"])
+@pytest.mark.parametrize("name", ["magnitude", "relative", "weighted", "robust"])
 def test_the_set_for_strange_inputs(name):
     criterion, n = CRITERIA[name](), 24
     norms, identity = torch.rand(n) + 0.5, torch.eye(n)
@@ -183,12 +184,12 @@ def test_the_set_for_strange_inputs(name):
 def test_threshold_gain_and_shift_in_one_call(dtype, rows):
     x, weight_t, shift = inputs((rows,), 320, 200, dtype, sparsity=0.0)
     norms, gain, tau = torch.rand(320) + 0.5, 1 + 0.3 * torch.randn(320), torch.tensor(0.9)
-    kept = x * keep_above(CRITERIA["weighted"]().score(x, {"column_scale": norms}), tau, dtype)
+    kept = x * keep_above(CRITERIA["robust"]().score(x, {"column_scale": norms}), tau, dtype)
     if rows == 1:
         weight_t = poisoned(weight_t, kept)
-    y = kernels.threshold_gemv(x, weight_t, tau, norms, gain, shift, relative=True)
+    y = kernels.threshold_gemv(x, weight_t, tau, norms, gain, shift, relative=1)
     expected = exact(kept.double() * gain.double(), weight_t.nan_to_num(), shift)
-    composed = cpu.bag(reference.select(x, tau, norms, gain, True), weight_t.nan_to_num(), shift)
+    composed = cpu.bag(reference.select(x, tau, norms, gain, 1), weight_t.nan_to_num(), shift)
     assert error(composed, expected) <= 2 * LIMIT[dtype]
     if kernels.active_kernel().name.startswith("c-"):
         assert error(y, expected) <= LIMIT[dtype]
@@ -198,7 +199,7 @@ def test_ops_are_well_registered():
     z, weight_t, bias = inputs((2,), 48, 40, torch.bfloat16)
     torch.library.opcheck(torch.ops.peft_spon.sparse_gemv.default, (z, weight_t, bias))
     torch.library.opcheck(torch.ops.peft_spon.dense_gemv.default, (z[0], weight_t))
-    arguments = (z, weight_t, torch.tensor(0.5), torch.rand(48), torch.rand(48), bias, True)
+    arguments = (z, weight_t, torch.tensor(0.5), torch.rand(48), torch.rand(48), bias, 1)
     torch.library.opcheck(torch.ops.peft_spon.threshold_gemv.default, arguments)
 
 
@@ -329,9 +330,10 @@ def test_the_kernel_for_every_instruction_set_of_this_machine(reload, instructio
             assert torch.equal(kernels.dense_gemv(z, weight_t, bias), y)
             x = torch.randn(700).to(dtype)
             norms, tau = torch.rand(700) + 0.5, torch.tensor(0.8)
-            kept = x * keep_above(CRITERIA["weighted"]().score(x, {"column_scale": norms}), tau, dtype)
-            y = kernels.threshold_gemv(x, torch.eye(700, dtype=dtype), tau, norms, relative=True)
-            assert torch.equal(y, kept)
+            for name in ("robust", "weighted"):
+                kept = x * keep_above(CRITERIA[name]().score(x, {"column_scale": norms}), tau, dtype)
+                y = kernels.threshold_gemv(x, torch.eye(700, dtype=dtype), tau, **score_arguments(name, norms))
+                assert torch.equal(y, kept)
 
 
 def test_without_a_compiler_embedding_bag_serves_and_says_why(reload, tmp_path):

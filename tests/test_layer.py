@@ -37,7 +37,7 @@ def adapted(net=None, **kwargs):
 def expected(layer, x, criterion, sparsity):
     """The formula of the paper, written out."""
     weight = layer.base_layer.weight if isinstance(layer.base_layer, nn.Linear) else layer.base_layer.weight.T
-    s = x.abs() * (weight.norm(dim=0) if criterion in ("wina", "weighted") else 1)
+    s = x.abs() * (weight.norm(dim=0) if criterion in ("wina", "weighted", "robust") else 1)
     k = round((1 - sparsity) * x.shape[-1])
     kept = torch.zeros_like(x).scatter(-1, s.topk(k, -1).indices, 1)
     alpha = layer.spon_anchor["default"]
@@ -149,7 +149,7 @@ def test_gradient_reaches_kept_inputs_and_anchors_only():
     assert model.lin.base_layer.weight.grad is None
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "relative", "weighted", "topk"])
+@pytest.mark.parametrize("criterion", ["magnitude", "relative", "weighted", "robust", "topk"])
 def test_nan_input_propagates(criterion):
     model = adapted(criterion=criterion)
     if criterion != "topk":

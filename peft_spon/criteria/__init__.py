@@ -12,6 +12,7 @@ from .base import Criterion, Spec, State
 from .larosa import LaRoSA
 from .magnitude import Magnitude
 from .relative import Relative
+from .robust import Robust
 from .rsparse import RSparse
 from .sparsifier import QUANTILE_POINTS, Sparsifier, entries_kept, keep_above, keep_top_k, threshold_at
 from .topk import TopK
@@ -20,7 +21,7 @@ from .wina import Wina
 
 
 CRITERIA: dict[str, type[Criterion]] = {
-    c.name: c for c in (Magnitude, Relative, TopK, Wina, Weighted, RSparse, LaRoSA)
+    c.name: c for c in (Magnitude, Relative, TopK, Wina, Weighted, Robust, RSparse, LaRoSA)
 }
 
 
@@ -85,6 +86,7 @@ __all__ = [
     "Magnitude",
     "RSparse",
     "Relative",
+    "Robust",
     "Sparsifier",
     "Spec",
     "State",

@@ -22,4 +22,4 @@ class Weighted(Wina):
         return relative_to_rms(super().score(z, state))
 
     def threshold_gemv(self, state: State) -> dict[str, Any]:
-        return {"column_scale": state["column_scale"], "relative": True}
+        return {"column_scale": state["column_scale"], "relative": 2}

@@ -144,14 +144,14 @@ def dense_gemv(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | Non
     return linear(z, weight_t, bias) if library is None else _product(library, z, weight_t, bias, dense=True)
 
 
-def threshold_gemv(x, weight_t, tau, column_scale=None, gain=None, bias=None, relative=False):
+def threshold_gemv(x, weight_t, tau, column_scale=None, gain=None, bias=None, relative=0):
     ops.check(x, weight_t, bias)
     ops.check_threshold(x, tau, column_scale, gain)
     return bind_threshold_gemv(weight_t, tau, column_scale, gain, bias, relative)(x)
 
 
 def bind_threshold_gemv(
-    weight_t, tau, column_scale=None, gain=None, bias=None, relative=False
+    weight_t, tau, column_scale=None, gain=None, bias=None, relative=0
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """x -> threshold_gemv(x, ...) at half the fixed cost: the rest, which must fit and stay, is given once."""
     library, _ = _load()
@@ -171,8 +171,8 @@ def bind_threshold_gemv(
         rows = y.numel() // n_out if n_out else 0
         status = function(x.data_ptr(), *before, y.data_ptr(), *state, None, relative, rows, *sizes, threads())
         if status == NEAR:
-            rms = reference.root_mean_square(reference.score(x, column_scale))
-            near = rms.data_ptr()
+            mean = reference.power_mean(reference.score(x, column_scale), relative)
+            near = mean.data_ptr()
             status = function(x.data_ptr(), *before, y.data_ptr(), *state, near, relative, rows, *sizes, threads())
         if status == NO_MEMORY:
             raise MemoryError(f"No memory for the {n_in} inputs of a layer.")

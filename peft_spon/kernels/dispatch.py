@@ -62,20 +62,20 @@ def threshold_gemv(
     column_scale: torch.Tensor | None = None,
     gain: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    relative: bool = False,
+    relative: int = 0,
 ) -> torch.Tensor:
     """y = (S(x) * gain) W^T + b, S and the product in one call. S keeps x_i when s_i > tau, s = |x * column_scale|;
-    with `relative`, s is divided by its root mean square over the token. The set is that of the criteria, exactly:
-    where rounding of the mean could decide about an entry, torch computes it.
+    with `relative`, s is divided by its power mean of that order over the token. The set is that of the criteria,
+    exactly: where rounding of the mean could decide about an entry, torch computes it.
 
     Args:
         x (`torch.Tensor`): inputs, (..., in), fp32, bf16 or fp16.
         weight_t (`torch.Tensor`): W^T, (in, out), rows contiguous, dtype and device of x.
         tau (`torch.Tensor`): threshold, one fp32 number.
-        column_scale (`torch.Tensor`, *optional*): fp32, (in,); `weighted`: the norms of the columns of W.
+        column_scale (`torch.Tensor`, *optional*): fp32, (in,); `robust`: the norms of the columns of W.
         gain (`torch.Tensor`, *optional*): fp32, (in,), what the kept entries are multiplied by (1 + gamma).
         bias (`torch.Tensor`, *optional*): (out,), any float dtype; it is added in fp32.
-        relative (`bool`, *optional*, defaults to `False`): scores relative to their root mean square.
+        relative (`int`, *optional*, defaults to 0): scores relative to their mean (1) or root mean square (2); 0: not.
 
     Returns:
         `torch.Tensor`: (..., out), dtype of x.

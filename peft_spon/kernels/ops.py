@@ -10,7 +10,7 @@ LIBRARY.define("sparse_gemv(Tensor z, Tensor weight_t, Tensor? bias=None) -> Ten
 LIBRARY.define("dense_gemv(Tensor z, Tensor weight_t, Tensor? bias=None) -> Tensor")
 LIBRARY.define(
     "threshold_gemv(Tensor x, Tensor weight_t, Tensor tau, Tensor? column_scale=None, Tensor? gain=None, "
-    "Tensor? bias=None, bool relative=False) -> Tensor"
+    "Tensor? bias=None, int relative=0) -> Tensor"
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,7 +61,7 @@ def _(z, weight_t, bias=None):
 
 
 @torch.library.register_fake("peft_spon::threshold_gemv")
-def _(x, weight_t, tau, column_scale=None, gain=None, bias=None, relative=False):
+def _(x, weight_t, tau, column_scale=None, gain=None, bias=None, relative=0):
     check(x, weight_t, bias)
     check_threshold(x, tau, column_scale, gain)
     return x.new_empty((*x.shape[:-1], weight_t.shape[1]))

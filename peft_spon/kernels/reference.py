@@ -26,10 +26,13 @@ def score(x: torch.Tensor, column_scale: torch.Tensor | None) -> torch.Tensor:
     return (x.float() if column_scale is None else x.float() * column_scale).abs()
 
 
-def root_mean_square(scores: torch.Tensor) -> torch.Tensor:
-    """fp32, shape (..., 1): by what a relative criterion divides its scores (..., in)."""
-    rms = torch.linalg.vector_norm(scores, dim=-1, keepdim=True) * scores.shape[-1] ** -0.5
-    return rms.clamp_min_(torch.finfo(torch.float32).tiny)
+def power_mean(scores: torch.Tensor, order: int) -> torch.Tensor:
+    """fp32, (..., 1): by what a relative criterion divides its scores (..., in): mean (1) or root mean square (2)."""
+    if order == 1:
+        mean = scores.mean(-1, keepdim=True)
+    else:
+        mean = torch.linalg.vector_norm(scores, dim=-1, keepdim=True) * scores.shape[-1] ** -0.5
+    return mean.clamp_min_(torch.finfo(torch.float32).tiny)
 
 
 def select(
@@ -37,17 +40,17 @@ def select(
     tau: torch.Tensor,
     column_scale: torch.Tensor | None = None,
     gain: torch.Tensor | None = None,
-    relative: bool = False,
+    relative: int = 0,
 ) -> torch.Tensor:
     """S(x) * gain: x where score > tau, x * 0 elsewhere (NaN stays NaN)."""
     scores = score(x, column_scale)
     if relative:
-        scores = scores / root_mean_square(scores)
+        scores = scores / power_mean(scores, relative)
     z = x * torch.gt(scores, tau).to(x.dtype)
     return z if gain is None else (z * gain).to(x.dtype)
 
 
-def threshold_gemv(x, weight_t, tau, column_scale=None, gain=None, bias=None, relative=False):
+def threshold_gemv(x, weight_t, tau, column_scale=None, gain=None, bias=None, relative=0):
     ops.check_threshold(x, tau, column_scale, gain)
     return torch.ops.peft_spon.sparse_gemv(select(x, tau, column_scale, gain, relative), weight_t, bias)
 

@@ -48,7 +48,7 @@ typedef struct {
 
 typedef struct {
     void (*convert)(int type, const void *x, float *z, long n);
-    int (*threshold)(float *z, long n, float tau, const float *scale, const float *gain, int relative, const float *rms);
+    int (*threshold)(float *z, long n, float tau, const float *scale, const float *gain, int relative, const float *mean);
     void (*columns)(const Product *p, long from, long to);
     float (*sum)(const float *p, long n);
 } Kernels;
@@ -261,7 +261,7 @@ static long compact(const float *z, long n, long batch, int dense, int32_t *acti
 typedef struct {
     int use, relative;
     float tau;
-    const float *scale, *gain, *rms;
+    const float *scale, *gain, *mean;
 } Threshold;
 
 static int run(const void *x, const void *weight, const void *bias, void *y, long rows, long n_in, long n_out,
@@ -282,7 +282,7 @@ static int run(const void *x, const void *weight, const void *bias, void *y, lon
         if (threshold.use)
             for (long b = 0; b < batch; b++)
                 if (chosen->threshold(z + b * n_in, n_in, threshold.tau, threshold.scale, threshold.gain,
-                                      threshold.relative, threshold.rms ? threshold.rms + row + b : NULL))
+                                      threshold.relative, threshold.mean ? threshold.mean + row + b : NULL))
                     status = NEAR;
         if (status != DONE) break;
         long k = compact(z, n_in, batch, dense, active, values);
@@ -311,13 +311,13 @@ EXPORT int spon_gemv(const void *x, const void *weight, const void *bias, void *
     return run(x, weight, bias, y, rows, n_in, n_out, stride, type, bias_type, dense, threads, none);
 }
 
-// y = (S(x) * gain) W^T + b, S keeping entries with score above tau[0]; scale, gain (n_in,) fp32 or NULL. `relative`:
-// scores are divided by their root mean square: rms (rows,), or NULL to have it computed here, when NEAR may be
-// returned and y is not written: an entry lies so near the threshold that the rounding of the mean decides.
+// y = (S(x) * gain) W^T + b, S keeping entries with score above tau[0]; scale, gain (n_in,) fp32 or NULL. `relative`
+// 1 or 2: scores are divided by their mean, or root mean square: mean (rows,), or NULL to have it computed here, when
+// NEAR may be returned and y is not written: an entry lies so near the threshold that the rounding of the mean decides.
 EXPORT int spon_threshold_gemv(const void *x, const void *weight, const void *bias, void *y, const float *tau,
-                               const float *scale, const float *gain, const float *rms, int relative, long rows,
+                               const float *scale, const float *gain, const float *mean, int relative, long rows,
                                long n_in, long n_out, long stride, int type, int bias_type, long threads) {
-    Threshold threshold = {1, relative, *tau, scale, gain, rms};
+    Threshold threshold = {1, relative, *tau, scale, gain, mean};
     return run(x, weight, bias, y, rows, n_in, n_out, stride, type, bias_type, 0, threads, threshold);
 }
 
@@ -364,30 +364,30 @@ TARGET static void NAME(convert)(int type, const void *x, float *z, long n) {
 TARGET INLINE float NAME(score)(float x, const float *scale, long i) { return fabsf(scale ? x * scale[i] : x); }
 
 // In place: x where score > tau, x * 0 (NaN stays NaN) elsewhere; then times gain. The operations of criteria/*.py in
-// their order, in fp32, so that the set is theirs; only the mean square is summed otherwise. Where rounding it could
+// their order, in fp32, so that the set is theirs; only the mean is summed otherwise. Where rounding it could
 // move an entry across the threshold, the answer is 1 and z is spoilt.
 TARGET INLINE int NAME(threshold_)(float *z, long n, float tau, const float *scale, const float *gain, int relative,
-                                   const float *rms) {
+                                   const float *mean) {
     float divisor = 1, low = tau, high = tau;
-    if (relative && rms) divisor = *rms;
-    if (relative && !rms) {
+    if (relative && mean) divisor = *mean;
+    if (relative && !mean) {
         double sums[8] = {0}, sum = 0;
         long i = 0;
         for (; i + 8 <= n; i += 8)
             for (int j = 0; j < 8; j++) {
                 double s = NAME(score)(z[i + j], scale, i + j);
-                sums[j] += s * s;
+                sums[j] += relative == 1 ? s : s * s;
             }
         for (; i < n; i++) {
             double s = NAME(score)(z[i], scale, i);
-            sum += s * s;
+            sum += relative == 1 ? s : s * s;
         }
         for (int j = 0; j < 8; j++) sum += sums[j];
-        // n additions of positive numbers in fp32, in any order, are off by n/2 units in the last place at most, their
-        // root by half of it; squares that overflow or vanish in fp32 are left to the caller.
+        // n additions of positive numbers in fp32, in any order, are off by n * 2^-24 of the sum at most, a root by half
+        // of it; what overflows or vanishes in fp32 is left to the caller.
         if (sum != 0 && !(sum > 1e-30 && sum < 1e38) && !isinf(sum) && sum == sum) return 1;
-        double error = (n * 0.5 + 8) * 0x1p-24;
-        divisor = (float)sqrt(sum / n);
+        double error = ((relative == 1 ? 1 : 0.5) * n + 8) * 0x1p-24;
+        divisor = (float)(relative == 1 ? sum / n : sqrt(sum / n));
         if (divisor < FLT_MIN) divisor = FLT_MIN;
         low = (float)(tau * (1 - error)), high = (float)(tau * (1 + error));
     }
@@ -403,9 +403,10 @@ TARGET INLINE int NAME(threshold_)(float *z, long n, float tau, const float *sca
 }
 
 TARGET static int NAME(threshold)(float *z, long n, float tau, const float *scale, const float *gain, int relative,
-                                  const float *rms) {
-    if (relative && scale) return NAME(threshold_)(z, n, tau, scale, gain, 1, rms);
-    if (relative) return NAME(threshold_)(z, n, tau, NULL, gain, 1, rms);
+                                  const float *mean) {
+    if (relative == 1 && scale) return NAME(threshold_)(z, n, tau, scale, gain, 1, mean);
+    if (relative && scale) return NAME(threshold_)(z, n, tau, scale, gain, 2, mean);
+    if (relative) return NAME(threshold_)(z, n, tau, NULL, gain, relative, mean);
     return NAME(threshold_)(z, n, tau, scale, gain, 0, NULL);
 }
 
