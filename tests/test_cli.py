@@ -29,8 +29,9 @@ from peft_spon import (  # noqa: E402
     allocate,
     calibrate,
     evaluate,
-    study,  # noqa: E402
+    study,
 )
+from peft_spon._version import __version__  # noqa: E402
 from peft_spon.cli import main  # noqa: E402
 from peft_spon.cli.parser import COMMANDS, parse  # noqa: E402
 from peft_spon.cli.ship import uploaded  # noqa: E402
@@ -656,6 +657,12 @@ def process(folder, tmp_path):
         return subprocess.run(command, env={**env, **more}, cwd=folder, capture_output=True, text=True)
 
     return run
+
+
+@pytest.mark.slow
+def test_python_dash_m_is_the_same_command():
+    command = [sys.executable, "-m", "peft_spon", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.split() == ["peft-spon", __version__]
 
 
 @pytest.mark.slow
