@@ -51,7 +51,7 @@ VARIANTS = {
     "relative": ({"criterion": "relative"}, {}),
     "topk": ({"criterion": "topk"}, {}),
     "wina": ({"criterion": "wina"}, {}),
-    "weighted": ({"criterion": "weighted"}, {}),
+    "robust": ({"criterion": "robust"}, {}),
     "absolute learning rate 2e-2": ({}, {"relative_learning_rate": False, "learning_rate": 2e-2}),
     "absolute learning rate 1e-3": (
         {},

@@ -39,6 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--train", type=Path, help="text file to train on; default: Python's standard library")
     parser.add_argument("--held-out", type=Path, help="text file to evaluate on")
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--criterion", default="weighted", help="what makes an entry important, as in SponConfig")
     parser.add_argument("--method", default="kl", help="kl, greedy or uniform: how the sparsity is spread")
     parser.add_argument("--steps", type=int, default=150, help="training steps of 2 blocks")
     parser.add_argument("--repair-lora", type=int, default=0, help="rank of a LoRA trained with the anchors")
@@ -113,7 +114,8 @@ def main() -> None:
     rows = Dataset.from_dict({"input_ids": blocks, "labels": blocks})
 
     begun = time.time()
-    model = get_peft_model(base, SponConfig(sparsity=args.sparsity, task_type="CAUSAL_LM"))
+    config = SponConfig(sparsity=args.sparsity, criterion=args.criterion, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
     calibrate(model, rows, max_tokens=8192, **size)
     print(f"calibrated after {time.time() - begun:.0f} s")
     alike = evaluate(model, held_out, tokenizer, max_tokens=args.eval_tokens, **size).sparse

@@ -70,7 +70,7 @@ class SponConfig(PeftConfig):
             Share of the entries of every targeted layer's input that S zeroes, in [0, 1).
         sparsity_pattern (`dict[str, float]`, *optional*):
             Layer name or regular expression to sparsity, overriding `sparsity`, matched as LoRA's `rank_pattern`.
-        criterion (`str`, *optional*, defaults to `"robust"`):
+        criterion (`str`, *optional*, defaults to `"weighted"`):
             What makes an entry important: `"magnitude"`, `"relative"`, `"topk"`, `"wina"`, `"weighted"`, `"robust"`,
             `"rsparse"` or `"larosa"`.
         criterion_kwargs (`dict[str, Any]`, *optional*):
@@ -127,7 +127,7 @@ class SponConfig(PeftConfig):
         metadata={"help": "Layer name or regular expression to sparsity, overriding `sparsity`."},
     )
     criterion: str = field(
-        default="robust",
+        default="weighted",
         metadata={
             "help": "What makes an entry important: magnitude, relative, topk, wina, weighted, robust, rsparse or "
             "larosa."

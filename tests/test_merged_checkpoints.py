@@ -243,5 +243,5 @@ def test_unknown_newer_fields_are_dropped_with_one_warning_and_newer_versions_re
 
 def test_layers_say_what_they_are():
     merged = merged_model()
-    assert "criterion=robust, sparsity=0.5" in repr(merged.model.layers[0].mlp.up_proj)
+    assert "criterion=weighted, sparsity=0.5" in repr(merged.model.layers[0].mlp.up_proj)
     assert isinstance(merged.model.layers[0].mlp.up_proj, SparseLinear)

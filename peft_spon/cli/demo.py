@@ -143,7 +143,7 @@ def demo(
     result = evaluate(spon, held_out, tokenizer, max_tokens=eval_tokens, **size)
     print(result)
     print(
-        f"KL to dense: magnitude sparsity {magnitude.sparse.kl:.4f}, robust {uniform.kl:.4f}, allocated "
+        f"KL to dense: magnitude sparsity {magnitude.sparse.kl:.4f}, weighted {uniform.kl:.4f}, allocated "
         f"{result.sparse.kl:.4f}, with anchors {result.anchored.kl:.4f}."
     )
     damage = magnitude.sparse.perplexity - magnitude.dense.perplexity

@@ -59,8 +59,8 @@ def calibrate(
         out: folder for the adapter.
         adapter: folder or Hub name of an adapter to calibrate anew, beside its base as --model.
         sparsity: share of every layer's input that S zeroes. Default 0.5, or the adapter's own.
-        criterion: what makes an entry important (robust, weighted, magnitude, relative, topk, wina, rsparse, larosa).
-            Default robust, or the adapter's own.
+        criterion: what makes an entry important (weighted, robust, magnitude, relative, topk, wina, rsparse, larosa).
+            Default weighted, or the adapter's own.
         on_sparse: a second pass, on the sparse model, that fits the thresholds to what it sees.
         max_tokens: tokens to look at.
         max_length: tokens per block.

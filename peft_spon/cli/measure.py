@@ -113,7 +113,7 @@ def compare(
     data: list[str],
     out: Path,
     test_data: list[str] | None = None,
-    criteria: list[str] = ("magnitude", "robust", "topk", "wina", "rsparse", "larosa"),
+    criteria: list[str] = ("magnitude", "weighted", "robust", "topk", "wina", "rsparse", "larosa"),
     sparsities: list[float] = (0.5,),
     allocations: list[str] = ("uniform", "kl"),
     seeds: list[int] = (0,),
@@ -136,7 +136,7 @@ def compare(
 
     Examples:
         peft-spon compare --model MODEL --data python-stdlib --out study.json --figure study.png
-        peft-spon compare --model MODEL --data train.txt --test-data test.txt --criteria robust magnitude \\
+        peft-spon compare --model MODEL --data train.txt --test-data test.txt --criteria weighted magnitude \\
             --sparsities 0.4 0.5 0.6 --allocations uniform --out study.json
 
     Args:

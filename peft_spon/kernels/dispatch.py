@@ -72,7 +72,7 @@ def threshold_gemv(
         x (`torch.Tensor`): inputs, (..., in), fp32, bf16 or fp16.
         weight_t (`torch.Tensor`): W^T, (in, out), rows contiguous, dtype and device of x.
         tau (`torch.Tensor`): threshold, one fp32 number.
-        column_scale (`torch.Tensor`, *optional*): fp32, (in,); `robust`: the norms of the columns of W.
+        column_scale (`torch.Tensor`, *optional*): fp32, (in,); `weighted`: the norms of the columns of W.
         gain (`torch.Tensor`, *optional*): fp32, (in,), what the kept entries are multiplied by (1 + gamma).
         bias (`torch.Tensor`, *optional*): (out,), any float dtype; it is added in fp32.
         relative (`int`, *optional*, defaults to 0): scores relative to their mean (1) or root mean square (2); 0: not.
