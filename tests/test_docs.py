@@ -200,6 +200,8 @@ def test_commands_are_accepted(page, tmp_path, monkeypatch, capsys):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     for line in commands(page):
         program, *arguments = without_settings(line)
+        if [program, *arguments[:2]] == ["python", "-m", "peft_spon"]:
+            program, *arguments = ["peft-spon", *arguments[2:]]
         if program == "peft-spon":
             check_peft_spon(arguments)
         elif program == "python" and arguments[0].endswith(".py"):
