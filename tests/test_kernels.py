@@ -195,6 +195,15 @@ def test_threshold_gain_and_shift_in_one_call(dtype, rows):
         assert error(y, expected) <= LIMIT[dtype]
 
 
+@pytest.mark.parametrize("order", [True, 3, -1])
+def test_what_scores_are_relative_to_is_an_order(order):
+    x, tau = torch.randn(1, 8), torch.tensor(0.5)
+    with pytest.raises(ValueError, match="2 to their root mean square"):
+        kernels.threshold_gemv(x, torch.eye(8), tau, relative=order)
+    with pytest.raises(ValueError, match="2 to their root mean square"):
+        kernels.bind_threshold_gemv(torch.eye(8), tau, relative=order)
+
+
 def test_ops_are_well_registered():
     z, weight_t, bias = inputs((2,), 48, 40, torch.bfloat16)
     torch.library.opcheck(torch.ops.peft_spon.sparse_gemv.default, (z, weight_t, bias))

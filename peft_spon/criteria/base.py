@@ -93,7 +93,8 @@ class Criterion:
     def threshold_gemv(self, state: State) -> dict[str, Any]:
         """
         What makes the scores of [`kernels.threshold_gemv`] those of `score`: its arguments `column_scale` and
-        `relative`. Only a class that has both in one form defines it; see [`Criterion.is_fused`].
+        `relative` (1: to their mean, 2: to their root mean square). Only a class that has both in one form defines
+        it; see [`Criterion.is_fused`].
         """
         raise NotImplementedError
 

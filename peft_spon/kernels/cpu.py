@@ -154,6 +154,7 @@ def bind_threshold_gemv(
     weight_t, tau, column_scale=None, gain=None, bias=None, relative=0
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """x -> threshold_gemv(x, ...) at half the fixed cost: the rest, which must fit and stay, is given once."""
+    ops.check_relative(relative)
     library, _ = _load()
     if library is None:
         return lambda x: bag(reference.select(x, tau, column_scale, gain, relative), weight_t, bias)

@@ -35,6 +35,14 @@ def check(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None):
         )
 
 
+def check_relative(relative: int):
+    """Raises for what is no order of a mean; a flag would be read as order 1."""
+    if isinstance(relative, bool) or relative not in (0, 1, 2):
+        raise ValueError(
+            f"relative is {relative!r}; use 1 for scores relative to their mean, 2 to their root mean square, or 0."
+        )
+
+
 def check_threshold(x: torch.Tensor, tau: torch.Tensor, *vectors: torch.Tensor | None):
     """The same for what S reads: tau of one element, the others of shape (in,), all fp32."""
     if tau.numel() != 1 or tau.dtype != torch.float32:

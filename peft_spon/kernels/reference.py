@@ -43,6 +43,7 @@ def select(
     relative: int = 0,
 ) -> torch.Tensor:
     """S(x) * gain: x where score > tau, x * 0 elsewhere (NaN stays NaN)."""
+    ops.check_relative(relative)
     scores = score(x, column_scale)
     if relative:
         scores = scores / power_mean(scores, relative)
