@@ -8,6 +8,7 @@ sparsity.
 """
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -39,6 +40,8 @@ from .files import written_aside
 MEASURED = ("realised", "kl", "top1_agreement", "perplexity", "standard_error", "perplexity_ratio")
 # Rows of a batch in calibration and evaluation.
 ROWS = 8
+# In the figure: what an allocation's points look like.
+MARKERS = {"uniform": "o", "kl": "^", "greedy": "s"}
 
 
 @dataclass(frozen=True)
@@ -307,6 +310,8 @@ def draw_study(found: dict[str, Any], path: str | os.PathLike) -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+        from matplotlib.ticker import LogLocator
     except ImportError as error:
         raise ImportError("A figure needs matplotlib: pip install 'peft_spon[plot]'") from error
     rows = means_over_seeds(found)
@@ -314,7 +319,7 @@ def draw_study(found: dict[str, Any], path: str | os.PathLike) -> None:
     sparse = [row for row in rows if row["criterion"] != "dense"]
     if not sparse:
         raise ValueError("The study has no row yet.")
-    criteria = list(dict.fromkeys(row["criterion"] for row in sparse))
+    criteria, allocations = (list(dict.fromkeys(row[key] for row in sparse)) for key in ("criterion", "allocation"))
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     axes = figure.subplots(1, 2)
     for ax, measure_, label in (
@@ -322,41 +327,39 @@ def draw_study(found: dict[str, Any], path: str | os.PathLike) -> None:
         (axes[1], "perplexity", "perplexity"),
     ):
         for row in dense if measure_ == "perplexity" else []:
-            ax.axhline(row["perplexity"], color="black", linewidth=0.8, label="dense")
-        for index, criterion in enumerate(criteria):
-            for allocation in dict.fromkeys(row["allocation"] for row in sparse):
-                for repaired in (False, True):
-                    line = [
-                        row
-                        for row in sparse
-                        if (row["criterion"], row["allocation"], row["repaired"]) == (criterion, allocation, repaired)
-                    ]
-                    line.sort(key=lambda row: row["realised"])
-                    ways = [
-                        part
-                        for part in ("" if allocation == "uniform" else allocation, "repaired" if repaired else "")
-                        if part
-                    ]
-                    ax.plot(
-                        [row["realised"] for row in line],
-                        [row[measure_] if math.isfinite(row[measure_]) else math.nan for row in line],
-                        color=f"C{index % 10}",
-                        linestyle="-" if repaired else ":",
-                        marker="o" if allocation == "uniform" else "^",
-                        markersize=4,
-                        label=f"{criterion}{' (' + ', '.join(ways) + ')' if ways else ''}" if line else None,
-                    )
+            ax.axhline(row["perplexity"], color="black", linewidth=0.8)
+        for case in itertools.product(criteria, allocations, (False, True)):
+            line = [row for row in sparse if (row["criterion"], row["allocation"], row["repaired"]) == case]
+            line.sort(key=lambda row: row["realised"])
+            values = [row[measure_] if math.isfinite(row[measure_]) else math.nan for row in line]
+            criterion, allocation, repaired = case
+            style = {"color": _color(criteria.index(criterion)), "linestyle": "-" if repaired else ":"}
+            ax.plot([row["realised"] for row in line], values, marker=MARKERS[allocation], markersize=4, **style)
         ax.set(xlabel="realised sparsity", ylabel=label, yscale="log")
         ax.xaxis.set_major_formatter(lambda value, _: f"{round(100 * value, 2):g}%")
-        for axis_format in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-            axis_format(lambda value, _: f"{value:g}")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.yaxis.set_minor_formatter("")
         ax.grid(alpha=0.3)
-    handles, labels = axes[1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=7)
+    # Color, marker and line are one dial each: a legend of all their combinations would not fit.
+    keys = [Line2D([], [], color=_color(index), linewidth=3, label=name) for index, name in enumerate(criteria)]
+    for allocation in allocations:
+        label = "every layer alike" if allocation == "uniform" else f"allocated ({allocation})"
+        keys.append(Line2D([], [], color="gray", marker=MARKERS[allocation], linestyle="", label=label))
+    for repaired in dict.fromkeys(row["repaired"] for row in sparse):
+        label = "anchors and gains" if repaired else "not trained"
+        keys.append(Line2D([], [], color="gray", linestyle="-" if repaired else ":", label=label))
+    keys += [Line2D([], [], color="black", linewidth=0.8, label="dense")] if dense else []
+    figure.legend(handles=keys, loc="outside right upper", fontsize=8)
     study = found["study"]
     figure.suptitle(f"{study['model']}, {study['eval_tokens']:,} held-out tokens, S on every token", fontsize=10)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def _color(index: int) -> str:
+    """Of the criterion with that number, in the figure: matplotlib's cycle of ten."""
+    return f"C{index % 10}"
 
 
 def write_json(found: Any, path: str | os.PathLike) -> None:

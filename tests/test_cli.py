@@ -531,6 +531,21 @@ def without_minutes(rows):
     return [{key: value for key, value in row.items() if key != "minutes"} for row in rows]
 
 
+def test_the_figure_of_a_large_study_has_room_for_its_legend(monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    root = Path(__file__).resolve().parent.parent
+    found = json.loads((root / "docs/compare_study.json").read_text())
+    assert len({row["criterion"] for row in found["rows"]} - {"dense"}) == 8
+    study.draw_study(found, "figure.png")
+    (figure,) = figures
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.y0 < box.y1 <= figure.bbox.height
+    assert {"robust", "allocated (kl)", "not trained"} < {text.get_text() for text in legend.get_texts()}
+
+
 def test_compare_without_training_prints_a_table_and_needs_matplotlib_for_a_figure_only(call, tmp_path, monkeypatch):
     arguments = [*COMPARE, "--out", tmp_path / "s.json", "--no-repair", "--allocations", "uniform"]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
