@@ -77,6 +77,7 @@ LEVELS = {
     "trainer_config": 4,
     "cli": 5,
     "__init__": 5,
+    "__main__": 6,
 }
 
 
