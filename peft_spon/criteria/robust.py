@@ -2,17 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-
-from .base import State
-from .relative import relative_to_mean
-from .wina import Wina
+from .weighted import Weighted
 
 
 @dataclass(frozen=True)
-class Robust(Wina):
+class Robust(Weighted):
     """
     Keep x_i when s_i > threshold * mean(s), s_i = |x_i| * ||W_:,i||, mean over the token. Ours.
 
@@ -21,10 +17,4 @@ class Robust(Wina):
     """
 
     name: ClassVar[str] = "robust"
-    selects: ClassVar[str] = "threshold"
-
-    def score(self, z: torch.Tensor, state: State) -> torch.Tensor:
-        return relative_to_mean(super().score(z, state))
-
-    def threshold_gemv(self, state: State) -> dict[str, Any]:
-        return {"column_scale": state["column_scale"], "relative": 1}
+    order: ClassVar[int] = 1

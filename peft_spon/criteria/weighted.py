@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from .base import State
-from .relative import relative_to_rms
+from .relative import relative_to_mean
 from .wina import Wina
 
 
@@ -17,9 +17,10 @@ class Weighted(Wina):
 
     name: ClassVar[str] = "weighted"
     selects: ClassVar[str] = "threshold"
+    order: ClassVar[int] = 2
 
     def score(self, z: torch.Tensor, state: State) -> torch.Tensor:
-        return relative_to_rms(super().score(z, state))
+        return relative_to_mean(super().score(z, state), self.order)
 
     def threshold_gemv(self, state: State) -> dict[str, Any]:
-        return {"column_scale": state["column_scale"], "relative": 2}
+        return {"column_scale": state["column_scale"], "relative": self.order}
