@@ -59,18 +59,19 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def samples(model, tokenizer, prompts: list | None, tokens: int, length: int, seed: int, path: Path) -> list[str]:
-    """Texts of the dense model, of at least so many tokens in all; those already in the file are not drawn again."""
+def samples(model, tokenizer, prompts: list | None, tokens: int, length: int, seed: int, path: Path) -> list[list[int]]:
+    """Texts of the dense model, as the tokens that were drawn (a chat template's, too), of at least so many in all;
+    those already in the file are not drawn again."""
     count, found = 32, []
     while sum(map(len, found)) < tokens:
         rows = sample_texts(
             model, tokenizer, count, tokens=length, prompts=prompts, batch_size=32, seed=seed, path=path
         )
         found, count = list(rows["input_ids"]), count + 32
-    return list(rows["text"])
+    return found
 
 
-def blocks(kind: list[str], tokenizer, args: argparse.Namespace, tokens: int) -> list[list[int]]:
+def blocks(kind: list, tokenizer, args: argparse.Namespace, tokens: int) -> list[list[int]]:
     """Whole blocks of token ids."""
     batches = iter_batches(kind, tokenizer, batch_size=1, max_length=args.block, max_tokens=tokens)
     return [batch["input_ids"][0].tolist() for batch in batches if batch["input_ids"].shape[1] == args.block]

@@ -124,6 +124,7 @@ def check_sizes(**sizes: int | None) -> None:
                 "max_length": 512,
                 "tokens": 512,
                 "n": 256,
+                "texts": 256,
                 "steps": 150,
                 "rows": 1,
                 "prompt_tokens": 16,

@@ -6,9 +6,11 @@ import hashlib
 import random
 import re
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from .data import main_column
 
 
 STDLIB = "python-stdlib"
@@ -18,11 +20,11 @@ TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet
 TEXT_FILES = (".txt", ".md", ".rst", ".py", *TABLES)
 HELD_OUT_SPLITS = ("validation", "test", "held_out", "eval", "dev")
 ENCODING = "utf-8-sig"  # some programs put a mark at the beginning
-# Characters of a text that is tokenised at once.
-LONGEST = 100_000
+# Characters of a text that is tokenised at once, and of one that stands between those of other sources.
+LONGEST, LONGEST_PIECE = 100_000, 4000
 
 
-def read_data(source: str | Sequence[str], held_out: bool = False) -> Iterable[Any]:
+def read_data(source: str | Sequence[str], held_out: bool = False, text_column: str = "text") -> Iterable[Any]:
     """
     Everything a source has for one purpose: all of a file; of a data set with splits, the split for that purpose.
 
@@ -30,9 +32,10 @@ def read_data(source: str | Sequence[str], held_out: bool = False) -> Iterable[A
         source (`str` or `list[str]`): a text file; a `.jsonl`, `.csv` or `.parquet` file with a column of texts; a
             folder of such files, or one that `datasets`' `save_to_disk` wrote; `"name"` or `"name:configuration"` of a
             data set on the Hub; `"python-stdlib"`, the source of Python's standard library, split by file; or several
-            of them (texts then).
+            of them, see [`in_turn`].
         held_out (`bool`, *optional*, defaults to `False`): of a data set with splits, the validation or test split
             instead of the training split.
+        text_column (`str`, *optional*, defaults to `"text"`): column with the texts.
 
     Returns:
         `Iterable`: texts, or the rows of a `datasets.Dataset`.
@@ -42,9 +45,36 @@ def read_data(source: str | Sequence[str], held_out: bool = False) -> Iterable[A
         `ImportError`: the source needs `datasets`.
     """
     parts = [_read(one, held_out) for one in ([source] if isinstance(source, str) else source)]
-    if len(parts) == 1:
-        return parts[0]
-    return [row for part in parts for row in part]
+    return parts[0] if len(parts) == 1 else list(in_turn(parts, text_column))
+
+
+def in_turn(parts: Sequence[Iterable[Any]], text_column: str = "text") -> Iterator[Any]:
+    """
+    The items of several sources, mixed: what looks at the first tokens only, as a calibration does, sees as much of
+    each. Of a source that ends early there is no more than it has. Long texts come in pieces.
+    """
+    waiting, given = {i: _cut_texts(part) for i, part in enumerate(parts)}, [0] * len(parts)
+    while waiting:
+        least = min(waiting, key=given.__getitem__)
+        item = next(waiting[least], None)
+        if item is None:
+            del waiting[least]
+            continue
+        given[least] += _characters(item, text_column)
+        yield item
+
+
+def _cut_texts(items: Iterable[Any]) -> Iterator[Any]:
+    for item in items:
+        yield from cut(item, LONGEST_PIECE) if isinstance(item, str) and len(item) > LONGEST_PIECE else [item]
+
+
+def _characters(item: Any, text_column: str) -> int:
+    """Of a text or row, or so: a token has about four."""
+    if not isinstance(item, Mapping):
+        return len(item)
+    value = item.get(main_column(item, text_column))
+    return 4 * len(value) if "input_ids" in item else len(value if isinstance(value, str) else str(value))
 
 
 def read_divided(
@@ -65,9 +95,11 @@ def read_divided(
         `ValueError`: too little text, or no column of texts.
     """
     if test_source is not None:
-        train, held_out = (_texts(read_data(s, i), text_column) for i, s in enumerate((source, test_source)))
+        train, held_out = (
+            _texts(read_data(s, i, text_column), text_column) for i, s in enumerate((source, test_source))
+        )
     elif isinstance(source, str) and _has_splits(source):
-        train, held_out = (_texts(read_data(source, part), text_column) for part in (False, True))
+        train, held_out = (_texts(read_data(source, part, text_column), text_column) for part in (False, True))
     else:
         train, held_out = [], []
         for one in [source] if isinstance(source, str) else source:
@@ -84,7 +116,7 @@ def read_divided(
     return train, held_out
 
 
-def pieces(text: str, name: str = "The file", longest: int = 4000) -> list[str]:
+def pieces(text: str, name: str = "The file", longest: int = LONGEST_PIECE) -> list[str]:
     """The paragraphs of a text, long ones cut at white space (if there is any): at least 20 pieces of any text."""
     if len(text.strip()) < 1000:
         raise ValueError(f"{name} holds {len(text.strip())} characters of text; give a file with 1,000 or more.")

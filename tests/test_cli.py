@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `peft-spon`: what each command does, its exit codes and messages, and that it loses nothing."""
 
+import itertools
 import json
 import os
 import re
@@ -29,13 +30,15 @@ from peft_spon import (  # noqa: E402
     allocate,
     calibrate,
     evaluate,
+    sample_texts,
     study,
 )
 from peft_spon._version import __version__  # noqa: E402
-from peft_spon.cli import main  # noqa: E402
+from peft_spon.cli import fit, main  # noqa: E402
 from peft_spon.cli.parser import COMMANDS, parse  # noqa: E402
 from peft_spon.cli.ship import uploaded  # noqa: E402
 from peft_spon.environment import environment, environment_text, problems  # noqa: E402
+from peft_spon.sampling import prompt_tokens  # noqa: E402
 from peft_spon.texts import read_data  # noqa: E402
 
 
@@ -109,7 +112,7 @@ def loaded(adapter, base="llama"):
 def test_help_names_every_command(call):
     code, out, _ = call("--help")
     assert code == 0
-    names = "demo calibrate allocate train evaluate harness compare report merge bench push serve env".split()
+    names = "demo sample calibrate allocate train evaluate harness compare report merge bench push serve env".split()
     assert list(COMMANDS) == names
     assert re.findall(r"^    (\w+)\b", out, re.M) == names
 
@@ -191,6 +194,12 @@ def test_errors_are_one_line_and_debug_shows_where(call, tmp_path):
         (["bench", "--model", "adapter", "--threads", "0"], "threads is 0"),
         (["train", "--model", "llama", "--data", "train.txt", "--steps", "0", "--out", "new"], "steps is 0"),
         (["demo", "--model", "llama", "--data", "train.txt", "--steps", "0", "--out", "new"], "steps is 0"),
+        (["sample", "--model", "llama", "--texts", "0", "--out", "new"], "texts is 0"),
+        (["sample", "--model", "llama", "--max-length", "1", "--out", "new"], "tokens is 1"),
+        (
+            ["sample", "--model", "llama", "--prompts", "nowhere.txt", "--out", "new"],
+            "no file or folder 'nowhere.txt'",
+        ),
         (["serve", "--folder", "llama"], "llama"),
         (["push", "--folder", "llama", "--to", "a/b"], "neither a SPON adapter nor a merged model"),
         (["push", "--folder", "nowhere", "--to", "a/b"], "no folder nowhere"),
@@ -216,6 +225,7 @@ def test_nothing_is_overwritten_without_force(call, tmp_path):
         ["allocate", "--model", "llama", *data, "--out", taken],
         ["train", "--model", "llama", *data, "--out", taken],
         ["merge", "--model", "adapter", "--out", taken],
+        ["sample", "--model", "llama", "--out", tmp_path / "taken.json"],
         ["evaluate", "--model", "adapter", *data, "--out", tmp_path / "taken.json"],
         ["evaluate", "--model", "adapter", *data, "--html", tmp_path / "taken.json"],
         ["report", "--model", "adapter", *data, "--out", tmp_path / "taken.html"],  # its numbers are in taken.json
@@ -443,6 +453,90 @@ def test_train_goes_on_from_an_adapter_and_its_thresholds(result, tmp_path):
 
 
 @pytest.mark.slow
+def test_sample_writes_the_dense_models_own_text_and_goes_on_where_it_was(result, call, tmp_path):
+    out = tmp_path / "own.jsonl"
+    arguments = [
+        "sample",
+        "--model",
+        "adapter",
+        "--texts",
+        "6",
+        "--max-length",
+        "12",
+        "--batch-size",
+        "2",
+        "--out",
+        out,
+    ]
+    found = result(*arguments)
+    dense = AutoModelForCausalLM.from_pretrained("llama")
+    wanted = sample_texts(dense, word_tokenizer(), 6, tokens=12, batch_size=2, progress=False)["input_ids"]
+    assert [json.loads(line)["input_ids"] for line in out.read_text().splitlines()] == wanted
+    assert found == {"out": str(out), "texts": 6, "tokens": sum(map(len, wanted))}
+    code, _, err = call(*arguments)
+    assert code == 1
+    assert "exists already" in err
+    whole = out.read_text()
+    out.write_text(whole[: whole.index(whole.splitlines()[4]) + 9])  # a batch was being written
+    result(*arguments, "--resume")
+    assert out.read_text() == whole
+    result(*arguments, "--force", "--seed", "1")
+    assert out.read_text() != whole
+
+
+def test_sample_continues_prompts_and_answers_questions(result, tmp_path, monkeypatch):
+    (tmp_path / "asked.txt").write_text("w5 w6\n\nw7\n")
+    said = {"messages": [{"role": "user", "content": "w8"}, {"role": "assistant", "content": "w9"}]}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(said))
+    size = ["--texts", "2", "--max-length", "12", "--out", tmp_path / "own.jsonl", "--force"]
+    own = ["sample", "--model", "llama", *size, "--prompts"]
+
+    def starts():
+        return [json.loads(line)["input_ids"] for line in (tmp_path / "own.jsonl").read_text().splitlines()]
+
+    tokenizer = word_tokenizer()
+    result(*own, tmp_path / "asked.txt")
+    for ids, prompt in zip(starts(), ("w5 w6", "w7"), strict=True):
+        wanted = prompt_tokens(prompt, tokenizer)
+        assert ids[: len(wanted)] == wanted
+    tokenizer.chat_template = "{% for m in messages %}w3 {{ m['content'] }} {% endfor %}w4"
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    result(*own, tmp_path / "asked.txt", "--chat")
+    wanted = prompt_tokens([{"role": "user", "content": "w7"}], tokenizer)
+    assert starts()[1][: len(wanted)] == wanted
+    result(*own, tmp_path / "asked.jsonl")  # the last answer is the model's to give
+    wanted = prompt_tokens(said["messages"][:1], tokenizer)
+    assert all(ids[: len(wanted)] == wanted for ids in starts())
+
+
+def test_texts_mixed_with_own_samples_are_what_all_steps_see(result, tmp_path, monkeypatch):
+    """Thresholds, allocation and anchors alike; a sample stays the tokens that were drawn."""
+    own = tmp_path / "own.jsonl"
+    result("sample", "--model", "llama", "--texts", "40", "--max-length", "16", "--out", own)
+    drawn = {tuple(json.loads(line)["input_ids"]) for line in own.read_text().splitlines()}
+    seen = {}
+
+    def noting(name, function):
+        def run(model, data, *args, **kwargs):
+            seen[name] = data
+            return function(model, data, *args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(fit.calibration, "calibrate", noting("calibrate", fit.calibration.calibrate))
+    monkeypatch.setattr(fit.allocation, "allocate", noting("allocate", fit.allocation.allocate))
+    data = ["--data", "train.txt", own]
+    result("calibrate", "--model", "llama", *data, *SIZE, "--max-tokens", "512", "--out", tmp_path / "c")
+    found = list(itertools.islice(seen["calibrate"], 8))
+    assert {type(item) for item in found} == {str, dict}
+    some = ["--steps", "2", "--training", '{"calibration_tokens": 1500}']
+    result("train", "--model", "llama", *data, *SIZE, *some, "--out", tmp_path / "t")
+    rows = [tuple(ids) for ids in seen["allocate"]["input_ids"]]
+    of_own = sum(len(ids) for ids in rows if ids in drawn)
+    assert 1500 <= sum(map(len, rows)) < 1500 + 1200  # no more than is needed, with the end of the last text
+    assert 400 < of_own <= 16 * 40
+
+
 def test_evaluate_gives_what_the_function_gives_for_adapters_and_merged_folders(result, tmp_path):
     expected = evaluate(
         loaded("adapter"),

@@ -68,6 +68,27 @@ def test_tables_folders_and_several_sources(tmp_path):
     assert list(read_data(str(tmp_path / "rows.jsonl"))) == rows
 
 
+def test_several_sources_begin_with_as_much_of_each(tmp_path):
+    """What looks at the first tokens only, such as a calibration, sees all of them."""
+    own = [{"input_ids": list(range(125)), "text": "x" * 9} for _ in range(40)]  # 500 characters each, or so
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, own)))
+    (tmp_path / "long.txt").write_text(long := "word " * 30_000)
+    (tmp_path / "short.txt").write_text("end " * 400)
+    found = read_data([str(tmp_path / name) for name in ("long.txt", "own.jsonl", "short.txt")])
+    assert [item for item in found if isinstance(item, dict)] == own
+    texts = [item for item in found if isinstance(item, str)]
+    assert "".join(text for text in texts if "word" in text) == long
+    assert max(map(len, texts)) <= 4000
+    seen = {"word": 0, "own": 0, "end": 0}
+    for item in found:
+        kind = "own" if isinstance(item, dict) else item.split()[0]
+        seen[kind] += 500 if kind == "own" else len(item)
+        if seen["own"] < 20_000:
+            assert abs(seen["word"] - seen["own"]) <= 4000
+            assert seen["end"] == 1600 or abs(seen["end"] - seen["own"]) <= 4000
+    assert seen == {"word": 150_000, "own": 20_000, "end": 1600}
+
+
 def test_a_saved_data_set_gives_the_split_for_the_purpose(tmp_path):
     splits = {name: Dataset.from_dict({"text": [f"{name} {i}" for i in range(3)]}) for name in ("train", "test")}
     DatasetDict(splits).save_to_disk(tmp_path / "splits")

@@ -15,7 +15,7 @@ from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from .. import allocation, calibration
-from ..data import check_sizes
+from ..data import check_sizes, tokens_of
 from ..sites import spon_layers
 from ..texts import read_data
 from .models import (
@@ -55,7 +55,8 @@ def calibrate(
     Args:
         model: folder or Hub name of a causal language model, or of an adapter (its base is then found by itself).
         data: text files, .jsonl, .csv or .parquet files, folders, a saved data set, a data set's name on the Hub
-            (owner/name or owner/name:configuration), or python-stdlib, the source of Python's standard library.
+            (owner/name or owner/name:configuration), or python-stdlib, the source of Python's standard library. Of
+            several, as much of each is looked at.
         out: folder for the adapter.
         adapter: folder or Hub name of an adapter to calibrate anew, beside its base as --model.
         sparsity: share of every layer's input that S zeroes. Default 0.5, or the adapter's own.
@@ -77,7 +78,7 @@ def calibrate(
     tokenizer = load_tokenizer(model, adapter)
     result = calibration.calibrate(
         loaded,
-        read_data(data),
+        read_data(data, text_column=text_column),
         tokenizer,
         on_sparse=on_sparse,
         max_tokens=max_tokens,
@@ -143,7 +144,7 @@ def allocate(
         state.unlink(missing_ok=True)
     result = allocation.allocate(
         loaded,
-        read_data(data),
+        read_data(data, text_column=text_column),
         load_tokenizer(model, adapter),
         method=method,
         budget=budget,
@@ -252,12 +253,13 @@ def train(
                 shutil.rmtree(left, ignore_errors=True)
         is_new = not spon_layers(before)
         loaded = with_adapter(before, {"sparsity": sparsity, "criterion": criterion})
-    rows = as_dataset(read_data(data), text_column, 16 * steps * batch_size * max_length)
+    needed = max(steps * batch_size * max_length, arguments.calibration_tokens)
+    rows = rows_of(data, tokenizer, text_column, needed)
     if not is_begun:
         if is_new and allocation != "uniform":
             print(spread(loaded, rows, tokenizer, allocation, arguments))
         loaded.save_pretrained(start)
-    held_out = None if eval_data is None else as_dataset(read_data(eval_data, held_out=True), text_column)
+    held_out = None if eval_data is None else rows_of(eval_data, tokenizer, text_column, held_out=True)
     trainer = SponTrainer(
         model=loaded, args=arguments, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
     )
@@ -288,12 +290,34 @@ def spread(model: Any, rows: Any, tokenizer: Any, method: str, arguments: Any) -
     )
 
 
-def as_dataset(data: Any, text_column: str, characters: int | None = None) -> Any:
-    """A `datasets.Dataset`; of texts, the first with so many characters: all are tokenised before the first step."""
+def rows_of(
+    sources: list[str], tokenizer: Any, text_column: str, tokens: int | None = None, held_out: bool = False
+) -> Any:
+    """
+    Rows to train on, a `datasets.Dataset`: of a data set all; of texts, which are all tokenised before the first step,
+    enough for so many tokens; of several sources just so many tokens, in turn, or the steps would see more of the
+    larger one.
+    """
     from datasets import Dataset
 
+    data = read_data(sources, held_out, text_column)
     if isinstance(data, Dataset):
         return data
+    if len(sources) == 1:
+        return as_dataset(data, text_column, None if tokens is None else 16 * tokens)
+    rows, seen = [], 0
+    for row in data:
+        rows.append({"input_ids": tokens_of(row, tokenizer, text_column)})
+        seen += len(rows[-1]["input_ids"])
+        if tokens is not None and seen >= tokens:
+            break
+    return Dataset.from_list(rows)
+
+
+def as_dataset(data: Any, text_column: str, characters: int | None = None) -> Any:
+    """A `datasets.Dataset` of texts, the first with so many characters."""
+    from datasets import Dataset
+
     rows, seen = [], 0
     for row in data:
         rows.append({text_column: row} if isinstance(row, str) else row)

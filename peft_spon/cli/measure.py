@@ -86,7 +86,7 @@ def evaluate(
         set_dial(loaded, sparsity)
     result = metrics.evaluate(
         loaded,
-        read_data(data, held_out=True),
+        read_data(data, held_out=True, text_column=text_column),
         load_tokenizer(model, adapter),
         continuations=continuations,
         max_tokens=max_tokens,
@@ -271,7 +271,7 @@ def report(
         loaded = load_measured(model, adapter, dtype, device)
         found = measure_report(
             loaded,
-            read_data(data, held_out=True),
+            read_data(data, held_out=True, text_column=text_column),
             load_tokenizer(model, adapter),
             training=training,
             prompts=prompts,

@@ -20,10 +20,12 @@ from jsonargparse import ActionYesNo, ArgumentParser
 from .._version import __version__
 from . import fit, measure, ship, tasks
 from .demo import demo
+from .sample import sample
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
+    "sample": sample,
     "calibrate": fit.calibrate,
     "allocate": fit.allocate,
     "train": fit.train,
