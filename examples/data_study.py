@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def samples(model, tokenizer, prompts: list | None, tokens: int, length: int, seed: int, path: Path) -> list[list[int]]:
+def samples(model, tokenizer, prompts: list | None, tokens: int, length: int, seed: int, path: Path) -> list:
     """Texts of the dense model, as the tokens that were drawn (a chat template's, too), of at least so many in all;
     those already in the file are not drawn again."""
     count, found = 32, []
