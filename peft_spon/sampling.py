@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text that the dense model writes itself: to calibrate, allocate and train on without a data set."""
 
+import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -23,13 +25,16 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+logger = logging.getLogger(__name__)
+
+
 @torch.no_grad()
 def sample_texts(
     model: nn.Module,
     tokenizer: Any,
     n: int,
     *,
-    tokens: int = 512,
+    tokens: int | None = None,
     prompts: Iterable[Any] | None = None,
     temperature: float = 1.0,
     batch_size: int = 8,
@@ -48,9 +53,11 @@ def sample_texts(
         model (`torch.nn.Module`): a causal language model, with a SPON adapter or without.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         n (`int`): how many texts.
-        tokens (`int`, *optional*, defaults to 512): tokens of a text at most, its prompt included.
-        prompts (`Iterable`, *optional*): texts, or conversations (lists of messages, which the model answers), taken
-            in turn; cut at half of `tokens`. Default: from nothing, the beginning-of-text token.
+        tokens (`int`, *optional*): tokens of a text at most, its prompt included; default: 512, or as many as the
+            model has positions.
+        prompts (`Iterable`, *optional*): texts, cut at half of `tokens`, or conversations (lists of messages, which
+            the model answers; longer ones are left out), taken in turn. Default: from nothing, the
+            beginning-of-text token.
         temperature (`float`, *optional*, defaults to 1.0): divides the logits.
         batch_size (`int`, *optional*, defaults to 8): texts at a time.
         seed (`int`, *optional*, defaults to 0): the same texts for the same seed and batch size; the random numbers
@@ -64,8 +71,9 @@ def sample_texts(
         [`calibrate`], [`evaluate`] and [`SponTrainer`] take.
 
     Raises:
-        `ValueError`: a size below 1, a temperature of 0 or below, an empty prompt, a tokenizer without a
-            beginning and end of text, no causal model, a file of other texts.
+        `ValueError`: a size below 1, more tokens than the model has positions, a temperature of 0 or below, an empty
+            prompt, only too long conversations, a tokenizer without a beginning and end of text, no causal model, a
+            file of other texts.
         `TypeError`: arguments in another order. `ImportError`: without `datasets`.
 
     Example:
@@ -87,21 +95,23 @@ def sample_texts(
     if tokenizer is None:
         raise TypeError(f"tokenizer is None; give the model's. {order}")
     check_tokenizer(tokenizer, order)
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} is no causal language model, so it writes no text from a prompt.")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tokens = min(512, positions or 512) if tokens is None else tokens
     check_sizes(n=n, tokens=tokens, batch_size=batch_size)
+    if positions is not None and tokens > positions:
+        raise ValueError(f"tokens is {tokens}, but the model has {positions} positions; use {positions} or fewer.")
     if tokens < 2:
         raise ValueError(f"tokens is {tokens!r}: a text begins with one that is given; use 2 or more, e.g. 512.")
     if not temperature > 0:
         raise ValueError(
             f"temperature is {temperature!r}; use a number above 0, 1.0 for the model's own distribution."
         )
-    if not model.can_generate() or model.config.is_encoder_decoder:
-        raise ValueError(f"{type(model).__name__} is no causal language model, so it writes no text from a prompt.")
-    starts = [start_of_text(tokenizer)] if prompts is None else [prompt_tokens(p, tokenizer) for p in prompts]
-    if not starts:
-        raise ValueError("prompts is empty; give at least one, or leave it out: texts from nothing.")
-    starts = [start[: max(1, tokens // 2)] for start in starts]
+    starts = [start_of_text(tokenizer)] if prompts is None else starts_of(prompts, tokenizer, max(1, tokens // 2))
     name = model.config._name_or_path
     made_by = {"model": name, "tokens": tokens, "temperature": temperature, "seed": seed}
+    made_by["prompts"] = hashlib.sha256(json.dumps(starts).encode()).hexdigest()[:16]
     rows = [] if path is None else read_rows(Path(path), made_by, starts)[:n]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
     is_sparse = any(isinstance(module, Site) for module in model.modules())
@@ -149,6 +159,21 @@ def start_of_text(tokenizer: Any) -> list[int]:
     return known[:1]
 
 
+def starts_of(prompts: Iterable[Any], tokenizer: Any, most: int) -> list[list[int]]:
+    """Token ids of prompts, of each text the first `most`; conversations, which end with the opening of an answer, are
+    taken whole or not at all."""
+    found = [(prompt_tokens(prompt, tokenizer), isinstance(prompt, str)) for prompt in prompts]
+    if not found:
+        raise ValueError("prompts is empty; give at least one, or leave it out: texts from nothing.")
+    starts = [ids[:most] for ids, is_text in found if is_text or len(ids) <= most]
+    if len(starts) < len(found):
+        said = f"{len(found) - len(starts)} of {len(found)} prompts are conversations of more than {most} tokens"
+        if not starts:
+            raise ValueError(f"{said}, half of tokens; use more tokens, or shorter conversations.")
+        logger.warning(f"{said}, half of tokens, and were left out.")
+    return starts
+
+
 def prompt_tokens(prompt: Any, tokenizer: Any) -> list[int]:
     """Token ids of a text, or of a conversation with the opening of the answer."""
     if isinstance(prompt, str):
@@ -182,19 +207,19 @@ def read_rows(path: Path, made_by: dict[str, Any], starts: list[list[int]]) -> l
     whole = whole[: whole.rfind(b"\n") + 1]
     try:
         rows = [json.loads(line) for line in whole.splitlines()]
-        found = [{key: row[key] for key in made_by} for row in rows]
+        found = [{key: row[key] for key in made_by if key != "prompts"} for row in rows]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"'{path}' is no file of sample_texts; name another one.") from None
     for row in found:
-        if row != made_by:
-            changed = next(key for key in made_by if row[key] != made_by[key])
+        if (changed := next((key for key in row if row[key] != made_by[key]), None)) is not None:
             raise ValueError(
                 f"'{path}' holds texts that were made with {changed}={row[changed]!r}, and now it is "
                 f"{made_by[changed]!r}; name another file, or delete it."
             )
     for index, row in enumerate(rows):
         start = starts[index % len(starts)]
-        if row["input_ids"][: len(start)] != start:
+        # What older files do not say, their texts do, but for a prompt that another one begins with.
+        if row.get("prompts", made_by["prompts"]) != made_by["prompts"] or row["input_ids"][: len(start)] != start:
             raise ValueError(f"'{path}' holds texts that follow other prompts; name another file, or delete it.")
     os.truncate(path, len(whole))
     return rows

@@ -7,6 +7,7 @@ import random
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def read_data(source: str | Sequence[str], held_out: bool = False, text_column: 
         source (`str` or `list[str]`): a text file; a `.jsonl`, `.csv` or `.parquet` file with a column of texts; a
             folder of such files, or one that `datasets`' `save_to_disk` wrote; `"name"` or `"name:configuration"` of a
             data set on the Hub; `"python-stdlib"`, the source of Python's standard library, split by file; or several
-            of them, see [`in_turn`].
+            of them, see [`Mixed`].
         held_out (`bool`, *optional*, defaults to `False`): of a data set with splits, the validation or test split
             instead of the training split.
         text_column (`str`, *optional*, defaults to `"text"`): column with the texts.
@@ -45,36 +46,56 @@ def read_data(source: str | Sequence[str], held_out: bool = False, text_column: 
         `ImportError`: the source needs `datasets`.
     """
     parts = [_read(one, held_out) for one in ([source] if isinstance(source, str) else source)]
-    return parts[0] if len(parts) == 1 else list(in_turn(parts, text_column))
+    return parts[0] if len(parts) == 1 else Mixed(parts, text_column)
 
 
-def in_turn(parts: Sequence[Iterable[Any]], text_column: str = "text") -> Iterator[Any]:
+@dataclass(frozen=True)
+class Mixed:
     """
-    The items of several sources, mixed: what looks at the first tokens only, as a calibration does, sees as much of
-    each. Of a source that ends early there is no more than it has. Long texts come in pieces.
+    The items of several sources in turn: what looks at the first tokens only, as a calibration does, sees as much of
+    each. Where one ends, the others go on. Long texts come in pieces.
+
+    Attributes:
+        parts (`list`): the sources.
+        text_column (`str`): of their rows.
     """
-    waiting, given = {i: _cut_texts(part) for i, part in enumerate(parts)}, [0] * len(parts)
-    while waiting:
-        least = min(waiting, key=given.__getitem__)
-        item = next(waiting[least], None)
-        if item is None:
-            del waiting[least]
-            continue
-        given[least] += _characters(item, text_column)
-        yield item
 
+    parts: Sequence[Iterable[Any]]
+    text_column: str = "text"
 
-def _cut_texts(items: Iterable[Any]) -> Iterator[Any]:
-    for item in items:
-        yield from cut(item, LONGEST_PIECE) if isinstance(item, str) and len(item) > LONGEST_PIECE else [item]
+    def __iter__(self) -> Iterator[Any]:
+        waiting = {i: self.pieces(part) for i, part in enumerate(self.parts)}
+        given = [0] * len(self.parts)
+        while waiting:
+            least = min(waiting, key=given.__getitem__)
+            item = next(waiting[least], None)
+            if item is None:
+                del waiting[least]
+                continue
+            given[least] += self.characters(item)
+            yield item
 
+    def pieces(self, items: Iterable[Any]) -> Iterator[Any]:
+        """The items; of a long text, as such or in its column, pieces."""
+        for item in items:
+            is_row = isinstance(item, Mapping) and main_column(item, self.text_column) == self.text_column
+            text = item[self.text_column] if is_row else item
+            if isinstance(text, str) and len(text) > LONGEST_PIECE:
+                yield from cut(text, LONGEST_PIECE)
+            else:
+                yield item
 
-def _characters(item: Any, text_column: str) -> int:
-    """Of a text or row, or so: a token has about four."""
-    if not isinstance(item, Mapping):
-        return len(item)
-    value = item.get(main_column(item, text_column))
-    return 4 * len(value) if "input_ids" in item else len(value if isinstance(value, str) else str(value))
+    def characters(self, item: Any) -> int:
+        """Of a text or row, or so: a token has about four."""
+        if not isinstance(item, Mapping):
+            return len(item)
+        column = main_column(item, self.text_column)
+        text = item.get(self.text_column if column == "input_ids" else column)
+        if column == "prompt":
+            text = f"{text}{item['completion']}"
+        if column == "input_ids" and not isinstance(text, str):
+            return 4 * len(item[column])
+        return len(text if isinstance(text, str) else str(text))
 
 
 def read_divided(
@@ -95,11 +116,17 @@ def read_divided(
         `ValueError`: too little text, or no column of texts.
     """
     if test_source is not None:
+        # Each source by itself: in pieces of another length, a text of both would not be known again.
         train, held_out = (
-            _texts(read_data(s, i, text_column), text_column) for i, s in enumerate((source, test_source))
+            [
+                text
+                for one in ([s] if isinstance(s, str) else s)
+                for text in _texts(read_data(one, is_test), text_column)
+            ]
+            for s, is_test in ((source, False), (test_source, True))
         )
     elif isinstance(source, str) and _has_splits(source):
-        train, held_out = (_texts(read_data(source, part, text_column), text_column) for part in (False, True))
+        train, held_out = (_texts(read_data(source, part), text_column) for part in (False, True))
     else:
         train, held_out = [], []
         for one in [source] if isinstance(source, str) else source:

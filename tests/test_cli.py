@@ -194,11 +194,19 @@ def test_errors_are_one_line_and_debug_shows_where(call, tmp_path):
         (["bench", "--model", "adapter", "--threads", "0"], "threads is 0"),
         (["train", "--model", "llama", "--data", "train.txt", "--steps", "0", "--out", "new"], "steps is 0"),
         (["demo", "--model", "llama", "--data", "train.txt", "--steps", "0", "--out", "new"], "steps is 0"),
-        (["sample", "--model", "llama", "--texts", "0", "--out", "new"], "texts is 0"),
-        (["sample", "--model", "llama", "--max-length", "1", "--out", "new"], "tokens is 1"),
+        (["sample", "--model", "llama", "--texts", "0", "--out", "new.jsonl"], "texts is 0"),
+        (["sample", "--model", "llama", "--max-length", "1", "--out", "new.jsonl"], "tokens is 1"),
         (
-            ["sample", "--model", "llama", "--prompts", "nowhere.txt", "--out", "new"],
+            ["sample", "--model", "llama", "--prompts", "nowhere.txt", "--out", "new.jsonl"],
             "no file or folder 'nowhere.txt'",
+        ),
+        (["sample", "--model", "llama", "--out", "new"], "name a file that ends in .jsonl"),
+        (["sample", "--model", "llama", "--chat", "--out", "new.jsonl"], "there are none; give --prompts"),
+        (["sample", "--model", "llama", "--max-length", "4096", "--out", "new.jsonl"], "but the model has"),
+        (
+            ["train", "--model", "llama", "--data", "train.txt", "test.txt", "--out", "new"]
+            + ["--training", '{"completion_only_loss": true}'],
+            "mixed as tokens",
         ),
         (["serve", "--folder", "llama"], "llama"),
         (["push", "--folder", "llama", "--to", "a/b"], "neither a SPON adapter nor a merged model"),
@@ -211,7 +219,7 @@ def test_what_cannot_work_is_said_and_nothing_is_written(call, arguments, messag
     assert message in err
     assert out == ""
     assert err.count("\n") == 1
-    assert not Path("new").exists()
+    assert not list(Path().glob("new*"))
 
 
 def test_nothing_is_overwritten_without_force(call, tmp_path):
@@ -225,7 +233,6 @@ def test_nothing_is_overwritten_without_force(call, tmp_path):
         ["allocate", "--model", "llama", *data, "--out", taken],
         ["train", "--model", "llama", *data, "--out", taken],
         ["merge", "--model", "adapter", "--out", taken],
-        ["sample", "--model", "llama", "--out", tmp_path / "taken.json"],
         ["evaluate", "--model", "adapter", *data, "--out", tmp_path / "taken.json"],
         ["evaluate", "--model", "adapter", *data, "--html", tmp_path / "taken.json"],
         ["report", "--model", "adapter", *data, "--out", tmp_path / "taken.html"],  # its numbers are in taken.json
@@ -480,33 +487,46 @@ def test_sample_writes_the_dense_models_own_text_and_goes_on_where_it_was(result
     out.write_text(whole[: whole.index(whole.splitlines()[4]) + 9])  # a batch was being written
     result(*arguments, "--resume")
     assert out.read_text() == whole
+    code, _, _ = call(*arguments, "--force", "--temperature", "0")
+    assert code == 1
+    assert out.read_text() == whole  # what cannot be done costs nothing
     result(*arguments, "--force", "--seed", "1")
     assert out.read_text() != whole
+    assert os.listdir(tmp_path) == ["own.jsonl"]
 
 
-def test_sample_continues_prompts_and_answers_questions(result, tmp_path, monkeypatch):
-    (tmp_path / "asked.txt").write_text("w5 w6\n\nw7\n")
-    said = {"messages": [{"role": "user", "content": "w8"}, {"role": "assistant", "content": "w9"}]}
-    (tmp_path / "asked.jsonl").write_text(json.dumps(said))
+def test_sample_continues_prompts_and_answers_questions(result, call, tmp_path, monkeypatch):
+    (tmp_path / "asked.txt").write_bytes(b"\xef\xbb\xbfw5\xe2\x80\xa8w6\r\n\r\nw7\n")
+    said = [{"role": "user", "content": "w8"}, {"role": "assistant", "content": "w9"}]
+    rows = [{"messages": said}, {"messages": []}, {"messages": said[1:]}, {"prompt": "w9", "messages": None}]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
     size = ["--texts", "2", "--max-length", "12", "--out", tmp_path / "own.jsonl", "--force"]
     own = ["sample", "--model", "llama", *size, "--prompts"]
 
-    def starts():
-        return [json.loads(line)["input_ids"] for line in (tmp_path / "own.jsonl").read_text().splitlines()]
+    def begin_with(*prompts):
+        """One text each, with the prompt's tokens in front."""
+        rows = [json.loads(line)["input_ids"] for line in (tmp_path / "own.jsonl").read_text().splitlines()]
+        wanted = [prompt_tokens(prompt, tokenizer) for prompt in prompts]
+        return [row[: len(ids)] for row, ids in zip(rows, wanted, strict=True)] == wanted
 
     tokenizer = word_tokenizer()
     result(*own, tmp_path / "asked.txt")
-    for ids, prompt in zip(starts(), ("w5 w6", "w7"), strict=True):
-        wanted = prompt_tokens(prompt, tokenizer)
-        assert ids[: len(wanted)] == wanted
+    assert begin_with("w5\u2028w6", "w7")
     tokenizer.chat_template = "{% for m in messages %}w3 {{ m['content'] }} {% endfor %}w4"
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: tokenizer)
     result(*own, tmp_path / "asked.txt", "--chat")
-    wanted = prompt_tokens([{"role": "user", "content": "w7"}], tokenizer)
-    assert starts()[1][: len(wanted)] == wanted
-    result(*own, tmp_path / "asked.jsonl")  # the last answer is the model's to give
-    wanted = prompt_tokens(said["messages"][:1], tokenizer)
-    assert all(ids[: len(wanted)] == wanted for ids in starts())
+    assert begin_with([{"role": "user", "content": "w5\u2028w6"}], [{"role": "user", "content": "w7"}])
+    result(*own, tmp_path / "asked.jsonl")  # the last answer is the model's to give; what is empty is passed over
+    assert begin_with(said[:1], "w9")
+    code, _, err = call(*own, tmp_path / "own.jsonl")
+    assert code == 1
+    assert "which is one of --prompts" in err
+    before = (tmp_path / "own.jsonl").read_text()
+    (tmp_path / "long.txt").write_text("w5 " * 9)
+    code, _, err = call(*own, tmp_path / "long.txt", "--chat")  # cut, it would not end with the opening of an answer
+    assert code == 1
+    assert "1 of 1 prompts are conversations of more than 6 tokens" in err
+    assert (tmp_path / "own.jsonl").read_text() == before
 
 
 def test_texts_mixed_with_own_samples_are_what_all_steps_see(result, tmp_path, monkeypatch):
@@ -535,6 +555,9 @@ def test_texts_mixed_with_own_samples_are_what_all_steps_see(result, tmp_path, m
     of_own = sum(len(ids) for ids in rows if ids in drawn)
     assert 1500 <= sum(map(len, rows)) < 1500 + 1200  # no more than is needed, with the end of the last text
     assert 400 < of_own <= 16 * 40
+    more = ["--training", '{"calibration_tokens": 100, "gradient_accumulation_steps": 4, "max_steps": 10}']
+    result("train", "--model", "llama", *data, *SIZE, *more, "--out", tmp_path / "m")
+    assert sum(map(len, seen["allocate"]["input_ids"])) >= 10 * 4 * 4 * 16
 
 
 def test_evaluate_gives_what_the_function_gives_for_adapters_and_merged_folders(result, tmp_path):

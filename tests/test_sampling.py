@@ -109,6 +109,10 @@ def test_a_stopped_run_goes_on(words, tmp_path, monkeypatch):
     assert found["input_ids"] == wanted["input_ids"]
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["input_ids"] for line in lines] == wanted["input_ids"]
+    begun = {"path": tmp_path / "begun.jsonl", **options}
+    sample_texts(model, words, 2, prompts=["w7 w8"], **begun)
+    with pytest.raises(ValueError, match=r"holds texts that follow other prompts; name another file"):
+        sample_texts(model, words, 4, prompts=["w7"], **begun)  # with which the others begin
     monkeypatch.setattr(peft_spon.sampling, "continue_prompts", None)  # nothing is drawn again
     assert sample_texts(model, words, 5, path=path, **options)["text"] == wanted["text"][:5]
     with pytest.raises(ValueError, match=r"made with temperature=1.0, and now it is 0.7; name another file"):
@@ -140,6 +144,26 @@ def test_conversations_are_answered(words):
     )
     texts = sample_texts(sparse(), words, 2, tokens=20, prompts=[[{"role": "user", "content": "w50 w51"}]])
     assert all(ids[:5] == [3, 50, 51, 4, 9] for ids in texts["input_ids"])
+
+
+def test_conversations_that_are_too_long_are_left_out(words, caplog):
+    words.chat_template = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}w9"
+    long, short = ([{"role": "user", "content": " ".join(["w50"] * count)}] for count in (10, 3))
+    texts = sample_texts(sparse(), words, 2, tokens=20, prompts=[long, short])
+    assert all(ids[:4] == [50, 50, 50, 9] for ids in texts["input_ids"])
+    assert "1 of 2 prompts are conversations of more than 10 tokens, half of tokens, and were left out" in caplog.text
+    with pytest.raises(
+        ValueError, match="1 of 1 prompts are conversations of more than 10 tokens, half of tokens; use"
+    ):
+        sample_texts(sparse(), words, 2, tokens=20, prompts=[long])
+
+
+def test_a_text_ends_where_the_models_positions_do(words):
+    model = sparse()
+    positions = model.config.max_position_embeddings = 24
+    assert max(map(len, sample_texts(model, words, 2)["input_ids"])) <= positions
+    with pytest.raises(ValueError, match=f"tokens is {positions + 1}, but the model has {positions} positions"):
+        sample_texts(model, words, 2, tokens=positions + 1)
 
 
 def test_what_cannot_be_is_refused(words):

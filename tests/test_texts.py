@@ -70,7 +70,7 @@ def test_tables_folders_and_several_sources(tmp_path):
 
 def test_several_sources_begin_with_as_much_of_each(tmp_path):
     """What looks at the first tokens only, such as a calibration, sees all of them."""
-    own = [{"input_ids": list(range(125)), "text": "x" * 9} for _ in range(40)]  # 500 characters each, or so
+    own = [{"input_ids": list(range(125)), "text": "x" * 500} for _ in range(40)]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, own)))
     (tmp_path / "long.txt").write_text(long := "word " * 30_000)
     (tmp_path / "short.txt").write_text("end " * 400)
@@ -87,6 +87,30 @@ def test_several_sources_begin_with_as_much_of_each(tmp_path):
             assert abs(seen["word"] - seen["own"]) <= 4000
             assert seen["end"] == 1600 or abs(seen["end"] - seen["own"]) <= 4000
     assert seen == {"word": 150_000, "own": 20_000, "end": 1600}
+    assert list(found) == list(found)  # as often as one likes
+
+
+def test_long_texts_in_columns_and_completions_count_as_long_as_they_are(tmp_path):
+    (tmp_path / "book.jsonl").write_text(json.dumps({"text": "book " * 20_000}))
+    (tmp_path / "asked.jsonl").write_text("\n".join(100 * [json.dumps({"prompt": "why", "completion": "so " * 300})]))
+    (tmp_path / "text.txt").write_text("word " * 20_000)
+    kinds = ("book", "why", "word")
+    seen = dict.fromkeys(kinds, 0)
+    for item in read_data([str(tmp_path / name) for name in ("book.jsonl", "asked.jsonl", "text.txt")]):
+        if sum(seen.values()) > 60_000:
+            break
+        kind = "why" if isinstance(item, dict) else item.split()[0]
+        seen[kind] += len(item["prompt"] + item["completion"]) if isinstance(item, dict) else len(item)
+    assert all(abs(seen[kind] - 20_000) <= 4000 for kind in kinds), seen
+
+
+def test_what_is_held_out_is_known_again_among_several_sources(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text(" ".join(f"{name}{i}" for i in range(6000)))
+    both, one = [str(tmp_path / "a"), str(tmp_path / "b")], [str(tmp_path / "a")]
+    train, held_out = read_divided(both, one)
+    assert held_out == [(tmp_path / "a").read_text()]
+    assert train == [(tmp_path / "b").read_text()]
 
 
 def test_a_saved_data_set_gives_the_split_for_the_purpose(tmp_path):

@@ -240,6 +240,11 @@ def train(
             **(training or {}),
         },
     )
+    if len(data) > 1 and (arguments.assistant_only_loss or arguments.completion_only_loss):
+        raise ValueError(
+            "--data names several sources, which are mixed as tokens: no part of a text can be left out of the loss. "
+            "Name one source, or leave assistant_only_loss and completion_only_loss out."
+        )
     tokenizer = load_tokenizer(model, adapter)
     set_seed(seed)
     is_begun = resume and (start / "adapter_config.json").exists()
@@ -253,8 +258,7 @@ def train(
                 shutil.rmtree(left, ignore_errors=True)
         is_new = not spon_layers(before)
         loaded = with_adapter(before, {"sparsity": sparsity, "criterion": criterion})
-    needed = max(steps * batch_size * max_length, arguments.calibration_tokens)
-    rows = rows_of(data, tokenizer, text_column, needed)
+    rows = rows_of(data, tokenizer, text_column, tokens_of_training(arguments))
     if not is_begun:
         if is_new and allocation != "uniform":
             print(spread(loaded, rows, tokenizer, allocation, arguments))
@@ -288,6 +292,14 @@ def spread(model: Any, rows: Any, tokenizer: Any, method: str, arguments: Any) -
         text_column=arguments.dataset_text_field,
         seed=arguments.seed,
     )
+
+
+def tokens_of_training(arguments: Any) -> int | None:
+    """Tokens that all steps together see, and at least those of the calibration; None where epochs are counted."""
+    if arguments.max_steps <= 0:
+        return None
+    blocks = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return max(arguments.max_steps * blocks * (arguments.max_length or 1024), arguments.calibration_tokens)
 
 
 def rows_of(
