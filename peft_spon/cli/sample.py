@@ -106,7 +106,8 @@ def read_prompts(source: str, chat: bool, text_column: str) -> Iterator[Any]:
 
 def prompt_of(row: Mapping[str, Any], text_column: str) -> Any:
     """A text, or messages that end where the model is to speak; empty or None where a row has none."""
-    columns = [name for name in (*CONVERSATIONS, text_column, "prompt") if name in row]
+    known = (*CONVERSATIONS, text_column, "prompt") if text_column == "text" else (text_column,)
+    columns = [name for name in known if name in row]
     if not columns:
         raise ValueError(
             f"The data has the columns {sorted(row)}, but no texts in {text_column!r}; name their column."
