@@ -9,15 +9,19 @@ For every batch size, milliseconds per decode step of `generate`: `stock` is the
 dense` the same with our kernel reading every weight of the sparse layers, and a row per sparsity the prepared adapter
 with anchors and gains (S on every token). The models take turns; medians. Thresholds come from a calibration on
 tokens that the model generated itself; `zeros` is what was realised in decoding. `limit` is what reading less could
-give at best: all bytes of weights that a step reads, over those that are left.
+give at best: all bytes of weights that a step reads, over those that are left. On a GPU (`--device cuda`) a step is
+the replay of a CUDA graph with a static cache, since Python alone takes longer than the GPU does.
 """
 
 import argparse
 import copy
+import functools
 import json
 import platform
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,7 +30,7 @@ from bench_layer import read_bandwidth
 from peft import PeftModel, get_peft_model
 
 from peft_spon import SponConfig, calibrate, kernels
-from peft_spon.evaluation.speed import measure_speed
+from peft_spon.evaluation.speed import Speed, measure_speed
 from peft_spon.sites import resolve_sites, sites
 from peft_spon.statistics import Zeros
 from peft_spon.transposed import transpose_weight
@@ -42,6 +46,15 @@ PRESETS = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "head_dim": 64,
+        "vocab_size": 4096,
+    },
+    "llama-3.1-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
         "vocab_size": 4096,
     },
     "tiny": {
@@ -106,6 +119,47 @@ def own_dense(base: tf.PreTrainedModel, model: PeftModel) -> tf.PreTrainedModel:
         layer.weight = site.plain_layer().weight
         transpose_weight(layer, lambda plain: plain)
     return dense
+
+
+@torch.no_grad()
+def decode_graph(model: torch.nn.Module, prompts: torch.Tensor, steps: int) -> Callable[[], None]:
+    """A function that runs a decode step on a GPU, at most `steps` times: a CUDA graph with a static cache."""
+    cache = tf.StaticCache(config=model.config, max_cache_len=prompts.shape[1] + steps + 4)
+    token = model(input_ids=prompts, past_key_values=cache).logits[:, -1:].argmax(-1)
+    position = torch.full((1, 1), prompts.shape[1], device=prompts.device).expand(len(prompts), 1)
+
+    def step() -> None:
+        model(input_ids=token, past_key_values=cache, position_ids=position).logits[:, -1:].argmax(-1)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # what is compiled or allocated once
+        step()
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    # What the graph reads must stay: the model's dial may be turned and its constants made anew.
+    held = cache, token, position, [getattr(module, "decoder", None) for module in model.modules()]
+    return lambda held=held: graph.replay()
+
+
+def measure_graphs(models: dict[str, Callable], prompts: torch.Tensor, tokens: int, rounds: int) -> dict[str, Speed]:
+    """As `measure_speed`, of CUDA graphs. Each keeps what its model's dial was when it was made."""
+    turns = 10 * rounds + 1
+    steps = {name: decode_graph(model(), prompts, turns * tokens) for name, model in models.items()}
+    times = {name: [] for name in models}
+    for turn in range(turns):
+        for name, step in steps.items():
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            for _ in range(tokens):
+                step()
+            after.record()
+            after.synchronize()
+            if turn:
+                times[name].append(before.elapsed_time(after) / tokens / 1e3)
+    return {name: Speed(statistics.median(t), float("nan"), len(prompts)) for name, t in times.items()}
 
 
 def plot(records: list[dict], path: str) -> None:
@@ -174,12 +228,13 @@ def main():
 
         return turned
 
+    measure = functools.partial(measure_speed, now=now) if arguments.device == "cpu" else measure_graphs
     names = {f"{sparsity:.0%}": sparsity for sparsity in arguments.sparsities}
     records = []
     print("rows          ms/token  tokens/s  GB/s   zeros  vs stock  vs own dense  limit   prompt ms")
     for rows in arguments.rows:
         models = {"stock": lambda: stock, "own dense": lambda: dense, **{n: at(s) for n, s in names.items()}}
-        speeds = measure_speed(models, prompts[:rows], arguments.tokens, arguments.rounds, now)
+        speeds = measure(models, prompts[:rows], arguments.tokens, arguments.rounds)
         for name, speed in speeds.items():
             sparsity = names.get(name, 0.0)
             zeros = realised(at(sparsity)(), prompts[:rows]) if sparsity else 0.0

@@ -444,25 +444,50 @@ import torch
 import triton_kernel
 torch.manual_seed(0)
 counters = torch.zeros(triton_kernel.COUNTERS, dtype=torch.int32)
-# The interpreter truncates to bf16 where GPUs round to nearest.
-for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 4e-3), (torch.float16, 3e-4)):
-    for rows, n_in, n_out, shares in ((1, 300, 200, 4), (2, 300, 200, 4), (8, 260, 130, 1), (1, 16, 130, 1)):
-        splits = triton_kernel.plan(rows, n_in, n_out, dtype.itemsize, processors=shares)[3]
+
+def select(x, tau, column_scale, gain, order):
+    scores = (x.float() if column_scale is None else x.float() * column_scale).abs()
+    if order:
+        scores = scores / scores.pow(order).mean(-1, keepdim=True).pow(1 / order)
+    z = x * (scores > tau).to(x.dtype)
+    return z if gain is None else (z * gain).to(x.dtype)
+
+# The interpreter truncates to bf16 where GPUs round to nearest, gains and sums.
+for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 5e-4)):
+    shapes = ((1, 600, 200, 4), (2, 600, 200, 4), (8, 520, 130, 4), (1, 700, 2500, 12), (1, 16, 130, 1))
+    for rows, n_in, n_out, shares in shapes:
+        splits = triton_kernel.plan(rows, n_in, n_out, dtype.itemsize, processors=shares).splits
         assert splits == 1 if n_in <= 32 else splits > 1, splits
-        z = torch.randn(rows, n_in)
-        z, weight_t, bias = (z * (z.abs() > 1.2)).to(dtype), torch.randn(n_in, n_out).to(dtype), torch.randn(n_out)
-        expected = z.double() @ weight_t.double() + bias.double()
-        weight_t[(z == 0).all(0)] = float("nan")
-        y = triton_kernel.launch(z, weight_t, bias, counters, shares)
-        error = (y.double() - expected).norm() / expected.norm()
-        assert error <= limit, (dtype, rows, error)
-        assert not counters.any()
-        again = triton_kernel.launch(z, weight_t, bias, counters, shares)
-        assert torch.equal(y, again)
+        every = dtype == torch.float32 and n_out == 200
+        for order, more in ((2, True), (0, True), (0, False), (1, True), (2, False))[: 5 if every else 1]:
+            x, tau = torch.randn(rows, n_in).to(dtype), torch.tensor([1.1])
+            weight_t, bias = torch.randn(n_in, n_out).to(dtype), torch.randn(n_out)
+            column_scale, gain = torch.rand(2, n_in) + 0.5 if more else (None, None)
+            z = select(x, tau, column_scale, gain, order)
+            expected = z.double() @ weight_t.double() + bias.double()
+            weight_t[(z == 0).all(0)] = float("nan")
+            selection = dict(tau=tau, column_scale=column_scale, gain=gain, relative=order)
+            for name, given in (("S inside", (x, selection)), ("sparse already", (z, {}))):
+                y = triton_kernel.launch(given[0], weight_t, bias, counters, shares, **given[1])
+                error = (y.double() - expected).norm() / expected.norm()
+                assert error <= limit, (name, dtype, rows, order, error)
+                assert not counters.any()
+            again = triton_kernel.launch(z, weight_t, bias, counters, shares)
+            assert torch.equal(y, again)
+# A list that is full twice, and one that is full and then empty.
+cut = triton_kernel.Plan(block_in=16, block_out=128, block_list=64, n_split=128, splits=2)
+for kept in (slice(None), slice(0, 64)):
+    z, weight_t = torch.zeros(1, 256), torch.randn(256, 130)
+    z[0, kept] = torch.randn(256)[kept]
+    y = triton_kernel.launch(z, weight_t, None, counters, 4, cut=cut)
+    assert torch.allclose(y, z @ weight_t, atol=1e-4)
 z = torch.zeros(1, 64)
 assert torch.equal(triton_kernel.launch(z, torch.full((64, 40), float("nan")), bias[:40], counters, 4)[0], bias[:40])
 z[0, 3] = float("nan")
 assert triton_kernel.launch(z, torch.ones(64, 40), None, counters, 4).isnan().all()
+tau = torch.tensor([1.0])
+for order in (0, 1, 2):
+    assert triton_kernel.launch(z, torch.ones(64, 40), None, counters, 4, tau, relative=order).isnan().all()
 """
 
 COMPILED_FOR_GPUS = """
@@ -470,16 +495,24 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import triton_kernel
-for rows, kind in ((1, "bf16"), (4, "fp16")):
-    block_in, block_out, _, splits = triton_kernel.plan(rows, 4096, 4096, 2, 108)
-    fixed = dict(ROWS=rows, ROWS_PADDED=1 if rows == 1 else 16, HAS_BIAS=True, DOT_IN_FP32=False, SPLITS=splits,
-                 BLOCK_IN=block_in, BLOCK_OUT=block_out)
-    types = dict(z="*" + kind, weight_t="*" + kind, bias="*fp32", y="*" + kind, partial="*fp32", counters="*i32",
-                 n_in="i32", n_out="i32", stride="i32", n_split="i32", **{name: "constexpr" for name in fixed})
-    source = ASTSource(triton_kernel._sparse_gemv, types, fixed)
-    made = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 4})
+kernel = triton_kernel._sparse_gemv
+for rows, kind, n_out in ((1, "bf16", 4096), (1, "fp32", 1024), (4, "fp16", 4096)):
+    cut = triton_kernel.plan(rows, 4096, n_out, 4 if kind == "fp32" else 2, 108)
+    fixed = dict(ROWS=rows, ROWS_PADDED=1 if rows == 1 else 16, HAS_BIAS=True, SELECTS=True, ORDER=2, HAS_SCALE=True,
+                 HAS_GAIN=True, DOT_IN_FP32=False, BLOCK_IN=cut.block_in, BLOCK_OUT=cut.block_out,
+                 BLOCK_LIST=cut.block_list, BLOCK_MEAN=triton_kernel.block_mean(rows), STAGES=cut.stages)
+    pointers = dict(x=kind, weight_t=kind, bias="fp32", tau="fp32", column_scale="fp32", gain="fp32", y=kind,
+                    partial="fp32", counters="i32", listed="i32", values=kind)
+    types = {name: "*" + of for name, of in pointers.items()}
+    types |= {name: "constexpr" if name in fixed else "i32" for name in kernel.arg_names if name not in pointers}
+    of_16 = [i for i, name in enumerate(kernel.arg_names) if name in pointers or name == "stride"]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in of_16}
+    source = ASTSource(kernel, types, fixed, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": cut.warps})
     assert len(made.asm["cubin"]) > 1000
     assert made.metadata.shared < 48 * 1024
+    # 16 bytes of a row of W^T at a time: what is read slower is read at a part of the bandwidth.
+    assert "v4.b32" in made.asm["ptx"]
 """
 
 

@@ -94,7 +94,7 @@ def test_device_map(device_map, tmp_path):
     merged = merged_model()
     merged.save_pretrained(tmp_path)
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map)
-    assert torch.equal(logits(again, "llama"), logits(merged, "llama"))
+    assert torch.equal(logits(again.to("cpu"), "llama"), logits(merged, "llama"))  # auto is a GPU where there is one
 
 
 def test_a_base_with_accelerate_hooks_stays_sparse_after_merging(tmp_path):

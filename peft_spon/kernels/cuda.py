@@ -4,6 +4,7 @@
 
 import functools
 import importlib.util
+from typing import Any
 
 import torch
 
@@ -34,26 +35,44 @@ def _device(index: int) -> tuple[torch.Tensor, int]:
     return counters, torch.cuda.get_device_properties(index).multi_processor_count
 
 
+def has_kernel(x: torch.Tensor) -> bool:
+    """Whether the Triton kernel serves the device of x."""
+    return active_kernel().name == "triton" and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
 def sparse_gemv(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    if active_kernel().name != "triton" or torch.cuda.get_device_capability(z.device) < (8, 0):
+    if not has_kernel(z):
         return reference.masked_linear(z, weight_t, bias)
+    return _launch(z, weight_t, bias)
+
+
+def threshold_gemv(x, weight_t, tau, column_scale=None, gain=None, bias=None, relative=0):
+    if not has_kernel(x):
+        return reference.threshold_gemv(x, weight_t, tau, column_scale, gain, bias, relative)
+    ops.check_threshold(x, tau, column_scale, gain)
+    ops.check_relative(relative)
+    return _launch(x, weight_t, bias, tau=tau, column_scale=column_scale, gain=gain, relative=relative)
+
+
+def _launch(x: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None, **selection: Any) -> torch.Tensor:
     from . import triton_kernel
 
-    ops.check(z, weight_t, bias)
-    shape = (*z.shape[:-1], weight_t.shape[1])
-    if not z.numel() or not weight_t.numel():
-        y = z.new_zeros(shape)
-        return y if bias is None else y + bias.to(z.dtype)
-    index = z.device.index
+    ops.check(x, weight_t, bias)
+    shape = (*x.shape[:-1], weight_t.shape[1])
+    if not x.numel() or not weight_t.numel():
+        y = x.new_zeros(shape)
+        return y if bias is None else y + bias.to(x.dtype)
+    index = x.device.index
     with torch.cuda.device(index):
         counters, processors = _device(index)
         slot = _slots.setdefault((index, torch.cuda.current_stream(index).cuda_stream), len(_slots) % SLOTS)
-        rows = z.reshape(-1, z.shape[-1]).contiguous()
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         parts = [
-            triton_kernel.launch(part, weight_t, bias, counters[slot], processors)
+            triton_kernel.launch(part, weight_t, bias, counters[slot], processors, **selection)
             for part in rows.split(triton_kernel.MOST_ROWS)
         ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
 
 
 ops.LIBRARY.impl("sparse_gemv", sparse_gemv, "CUDA")
+ops.LIBRARY.impl("threshold_gemv", threshold_gemv, "CUDA")

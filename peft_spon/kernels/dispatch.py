@@ -66,7 +66,8 @@ def threshold_gemv(
 ) -> torch.Tensor:
     """y = (S(x) * gain) W^T + b, S and the product in one call. S keeps x_i when s_i > tau, s = |x * column_scale|;
     with `relative`, s is divided by its power mean of that order over the token. The set is that of the criteria,
-    exactly: where rounding of the mean could decide about an entry, torch computes it.
+    on CPUs exactly: where rounding of the mean could decide about an entry, torch computes it. GPUs add the mean up in
+    an order of their own, so there an entry within that rounding of the threshold may be decided either way.
 
     Args:
         x (`torch.Tensor`): inputs, (..., in), fp32, bf16 or fp16.

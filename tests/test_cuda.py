@@ -1,0 +1,60 @@
+# Copyright 2026 The peft_spon authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What only a GPU can show: the Triton kernel on one, CUDA graphs, and a model prepared there. Elsewhere it skips."""
+
+import pytest
+import torch
+from models import MODELS, calibrated
+from peft import get_peft_model
+
+from peft_spon import SponConfig, kernels, prepare_for_decode
+from peft_spon.kernels import reference
+
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+LIMITS = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+SHAPES = [(300, 200), (576, 1536), (1536, 576), (2048, 5632)]
+
+
+@pytest.mark.parametrize("relative", [0, 1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 8, 11])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_the_kernel(dtype, rows, relative):
+    """Against fp64; what no token of the eight that share a reading needs is NaN; the same bits at every run."""
+    for n_in, n_out in SHAPES:
+        x = torch.randn(rows, n_in, device="cuda").to(dtype)
+        weight_t = torch.randn(n_in, n_out, device="cuda").to(dtype)
+        column_scale, gain = torch.rand(2, n_in, device="cuda") + 0.5
+        bias, tau = torch.randn(n_out, device="cuda"), torch.tensor([1.2], device="cuda")
+        z = reference.select(x, tau, column_scale, gain, relative)
+        expected = z.double() @ weight_t.double() + bias.double()
+        weight_t[(z == 0).all(0)] = float("nan")
+        found = kernels.threshold_gemv(x, weight_t, tau, column_scale, gain, bias, relative)
+        for y in (found, kernels.sparse_gemv(z, weight_t, bias)):
+            assert (y.double() - expected).norm() <= LIMITS[dtype] * expected.norm()
+        assert torch.equal(found, kernels.threshold_gemv(x, weight_t, tau, column_scale, gain, bias, relative))
+
+
+def test_a_cuda_graph_sees_new_inputs():
+    x, weight_t = torch.randn(1, 1024, device="cuda"), torch.randn(1024, 2048, device="cuda")
+    tau = torch.tensor([0.7], device="cuda")
+    kernels.threshold_gemv(x, weight_t, tau, relative=2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = kernels.threshold_gemv(x, weight_t, tau, relative=2)
+    x.copy_(torch.randn(1, 1024))
+    graph.replay()
+    assert torch.equal(y, kernels.threshold_gemv(x, weight_t, tau, relative=2))
+
+
+@pytest.mark.parametrize("criterion", ["weighted", "magnitude", "robust"])
+def test_a_prepared_model_says_the_same(criterion):
+    model = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.5, criterion=criterion, prefill="sparse"))
+    model = calibrated(model).to("cuda")
+    prompt = torch.randint(3, 64, (1, 12), device="cuda")
+    wanted = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    before = model.generate(input_ids=prompt, **wanted)
+    assert prepare_for_decode(model).kernels["cuda:0"].name == "triton"
+    assert torch.equal(model.generate(input_ids=prompt, **wanted), before)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(model.generate(input_ids=prompt, **wanted, **static), before)
