@@ -217,7 +217,7 @@ class Zeros(Observer):
             kept[..., first:, :] = sparsifier.keep(z, state)
         kept = self.tokens_of(kept)
         self.seen[name] += kept.numel()
-        self.dropped[name] += kept.numel() - int(kept.sum(dtype=torch.float64))
+        self.dropped[name] += kept.numel() - kept.sum(dtype=torch.int64)  # stays on its device: a GPU would have to wait
 
     def sparsifiers(self) -> dict[str, Sparsifier]:
         """S of every layer."""
@@ -226,7 +226,7 @@ class Zeros(Observer):
     def by_layer(self) -> dict[str, float]:
         """Realised sparsity of every layer: the share of its weights that was not read."""
         return {
-            name: sparsifier.unread(self.dropped[name] / max(self.seen[name], 1))
+            name: sparsifier.unread(int(self.dropped[name]) / max(self.seen[name], 1))
             for name, sparsifier in self.sparsifiers().items()
         }
 
