@@ -16,6 +16,7 @@ held-out text. The weights are the 4-bit ones made fp32 again: a real trained mo
 
 import argparse
 import importlib.util
+import random
 import time
 from pathlib import Path
 
@@ -107,10 +108,11 @@ def main() -> None:
     wanted = (args.steps + 2) * 2 * args.block + 8192
     blocks = [
         row.tolist()
-        for batch in iter_batches(train, tokenizer, max_tokens=wanted, **size)
+        for batch in iter_batches(train, tokenizer, max_tokens=max(500_000, wanted), **size)
         for row in batch["input_ids"]
         if len(row) == args.block
     ]
+    random.Random(args.seed).shuffle(blocks)  # thresholds and allocation see the first ones only
     rows = Dataset.from_dict({"input_ids": blocks, "labels": blocks})
 
     begun = time.time()

@@ -217,7 +217,9 @@ class Zeros(Observer):
             kept[..., first:, :] = sparsifier.keep(z, state)
         kept = self.tokens_of(kept)
         self.seen[name] += kept.numel()
-        self.dropped[name] += kept.numel() - kept.sum(dtype=torch.int64)  # stays on its device: a GPU would have to wait
+        self.dropped[name] += kept.numel() - kept.sum(
+            dtype=torch.int64
+        )  # stays on its device: a GPU would have to wait
 
     def sparsifiers(self) -> dict[str, Sparsifier]:
         """S of every layer."""

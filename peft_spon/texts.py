@@ -25,7 +25,9 @@ ENCODING = "utf-8-sig"  # some programs put a mark at the beginning
 LONGEST, LONGEST_PIECE = 100_000, 4000
 
 
-def read_data(source: str | Sequence[str], held_out: bool = False, text_column: str = "text") -> Iterable[Any]:
+def read_data(
+    source: str | Sequence[str], held_out: bool = False, text_column: str = "text", shuffled: bool = False
+) -> Iterable[Any]:
     """
     Everything a source has for one purpose: all of a file; of a data set with splits, the split for that purpose.
 
@@ -37,6 +39,8 @@ def read_data(source: str | Sequence[str], held_out: bool = False, text_column: 
         held_out (`bool`, *optional*, defaults to `False`): of a data set with splits, the validation or test split
             instead of the training split.
         text_column (`str`, *optional*, defaults to `"text"`): column with the texts.
+        shuffled (`bool`, *optional*, defaults to `False`): each source in a fixed random order, long texts in pieces:
+            what looks at the first tokens only, as a calibration does, sees of all that there is.
 
     Returns:
         `Iterable`: texts, or the rows of a `datasets.Dataset`.
@@ -46,7 +50,18 @@ def read_data(source: str | Sequence[str], held_out: bool = False, text_column: 
         `ImportError`: the source needs `datasets`.
     """
     parts = [_read(one, held_out) for one in ([source] if isinstance(source, str) else source)]
+    if shuffled:
+        parts = [in_random_order(part) for part in parts]
     return parts[0] if len(parts) == 1 else Mixed(parts, text_column)
+
+
+def in_random_order(items: Any) -> Any:
+    """Rows of a data set, or texts in pieces, in an order that is random and always the same."""
+    if not isinstance(items, list):
+        return items.shuffle(seed=0)
+    parts = [part for item in items for part in (cut(item, LONGEST_PIECE) if isinstance(item, str) else [item])]
+    random.Random(0).shuffle(parts)
+    return parts
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
@@ -230,7 +231,7 @@ class SponTrainer(DistillingTrainer):
                     "calibrate(model, data) in one process, save the adapter, and train that."
                 )
             logger.info(f"calibrating on {self.args.calibration_tokens} tokens of the training data")
-            calibrate(self.model, **calibration_data(self, self.args.calibration_tokens))
+            calibrate(self.model, **self._rows_for_thresholds())
         if self.args.relative_learning_rate:
             if not is_whole:
                 raise ValueError(
@@ -246,7 +247,14 @@ class SponTrainer(DistillingTrainer):
     def _recalibrate(self) -> None:
         tokens = self.args.calibration_tokens
         logger.info(f"fitting the thresholds anew to the sparse model, on {tokens} tokens of the training data")
-        calibrate(self.model, refit=True, **{**calibration_data(self, tokens), "progress": False})
+        calibrate(self.model, refit=True, **{**self._rows_for_thresholds(), "progress": False})
+
+    def _rows_for_thresholds(self) -> dict[str, Any]:
+        """Arguments of `calibrate`; a data set in random order, as it is trained on: its first rows may be alike."""
+        found = calibration_data(self, self.args.calibration_tokens)
+        if isinstance(found["data"], Dataset):
+            found["data"] = found["data"].shuffle(seed=self.args.seed)
+        return found
 
     def _has_thresholds(self) -> bool:
         return adapter_config(self.model, self.adapter_name).make_criterion().selects == "threshold"

@@ -316,7 +316,13 @@ def test_calibrate_saves_what_the_function_finds(result, tmp_path, base):
     )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), SponConfig(sparsity=0.4))
     expected = calibrate(
-        model, read_data("train.txt"), word_tokenizer(), max_length=16, batch_size=4, max_tokens=65536, progress=False
+        model,
+        read_data("train.txt", shuffled=True),
+        word_tokenizer(),
+        max_length=16,
+        batch_size=4,
+        max_tokens=65536,
+        progress=False,
     )
     assert [layer["threshold"] for layer in found["calibration"]["layers"]] == [x.threshold for x in expected.layers]
     assert torch.equal(logits(loaded(tmp_path / "a", base), base), logits(model.eval(), base))
@@ -353,7 +359,8 @@ def test_allocate_spreads_as_the_function_does_and_goes_on_where_it_was(result, 
     arguments = ["allocate", "--model", "adapter", "--data", "train.txt", "--max-length", "16", "--max-tokens", "256"]
     found = result(*arguments, "--out", tmp_path / "a")
     model = loaded("adapter")
-    expected = allocate(model, read_data("train.txt"), word_tokenizer(), max_length=16, max_tokens=256, progress=False)
+    data = read_data("train.txt", shuffled=True)
+    expected = allocate(model, data, word_tokenizer(), max_length=16, max_tokens=256, progress=False)
     assert [x["sparsity"] for x in found["allocation"]["layers"]] == [x.sparsity for x in expected.layers]
     assert len({x["sparsity"] for x in found["allocation"]["layers"]}) > 3
     assert not list((tmp_path / "a").glob("*state*"))

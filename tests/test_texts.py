@@ -90,6 +90,23 @@ def test_several_sources_begin_with_as_much_of_each(tmp_path):
     assert list(found) == list(found)  # as often as one likes
 
 
+def test_shuffled_data_begins_with_all_of_it(tmp_path):
+    """The first tokens of a long file are one chapter; of a data set, one kind of rows."""
+    book = [f"chapter{i // 1000} word{i}" for i in range(20_000)]
+    (tmp_path / "book.txt").write_text(" ".join(book))
+    found = read_data(str(tmp_path / "book.txt"), shuffled=True)
+    assert sorted(" ".join(found).split()) == sorted(" ".join(book).split())  # nothing is lost
+    assert len({text.split()[2] for text in found[:12]}) >= 7, "twelve of 95 pieces are of many chapters"
+    assert found == read_data(str(tmp_path / "book.txt"), shuffled=True)
+    rows = [{"text": f"row {i}"} for i in range(1000)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = list(read_data(str(tmp_path / "rows.jsonl"), shuffled=True))
+    assert found != rows
+    assert sorted(found, key=str) == sorted(rows, key=str)
+    mixed = list(read_data([str(tmp_path / "book.txt"), str(tmp_path / "rows.jsonl")], shuffled=True))
+    assert [item for item in mixed if isinstance(item, dict)] == found
+
+
 def test_long_texts_in_columns_and_completions_count_as_long_as_they_are(tmp_path):
     (tmp_path / "book.jsonl").write_text(json.dumps({"text": "book " * 20_000}))
     (tmp_path / "asked.jsonl").write_text("\n".join(100 * [json.dumps({"prompt": "why", "completion": "so " * 300})]))

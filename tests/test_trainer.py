@@ -77,6 +77,20 @@ def test_it_calibrates_by_itself_on_the_training_data(tmp_path, tokenizer):
     assert all(layer.spon_threshold["default"].isfinite() for layer in spon_layers(trainer.model).values())
 
 
+def test_thresholds_are_of_rows_from_all_over_the_data(tmp_path, tokenizer, monkeypatch):
+    """The first rows of a data set are often of one kind: here, of one token."""
+    rows = Dataset.from_dict({"input_ids": [[3 + i] * 8 for i in range(64)]})
+    seen = []
+    found = lambda model, data, **_: seen.append([row[0] for row in data["input_ids"]])  # noqa: E731
+    monkeypatch.setattr("peft_spon.trainer.calibrate", found)
+    trainer = make(tmp_path, tokenizer, data=rows, max_length=8, relative_learning_rate=False)
+    for _ in range(2):
+        trainer._prepare_adapter()
+    assert seen[0] == seen[1]
+    assert sorted(seen[0]) == list(range(3, 67))
+    assert max(seen[0][:8]) > 3 + 32
+
+
 def test_loss_and_metrics_are_the_token_mean_of_the_kl(tmp_path, tokenizer):
     model = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.5, init_weights=False))
     trainer = make(tmp_path, tokenizer, model)

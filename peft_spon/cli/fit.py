@@ -78,7 +78,7 @@ def calibrate(
     tokenizer = load_tokenizer(model, adapter)
     result = calibration.calibrate(
         loaded,
-        read_data(data, text_column=text_column),
+        read_data(data, text_column=text_column, shuffled=True),
         tokenizer,
         on_sparse=on_sparse,
         max_tokens=max_tokens,
@@ -144,7 +144,7 @@ def allocate(
         state.unlink(missing_ok=True)
     result = allocation.allocate(
         loaded,
-        read_data(data, text_column=text_column),
+        read_data(data, text_column=text_column, shuffled=True),
         load_tokenizer(model, adapter),
         method=method,
         budget=budget,
@@ -312,7 +312,7 @@ def rows_of(
     """
     from datasets import Dataset
 
-    data = read_data(sources, held_out, text_column)
+    data = read_data(sources, held_out, text_column, shuffled=not held_out)
     if isinstance(data, Dataset):
         return data
     if len(sources) == 1:
