@@ -6,11 +6,12 @@
     python benchmarks/bench_generate.py --model FOLDER             # any model folder; with its SPON adapter: --adapter
 
 For every batch size, milliseconds per decode step of `generate`: `stock` is the model as transformers runs it, `own
-dense` the same with our kernel reading every weight of the sparse layers, and a row per sparsity the prepared adapter
-with anchors and gains (S on every token). The models take turns; medians. Thresholds come from a calibration on
-tokens that the model generated itself; `zeros` is what was realised in decoding. `limit` is what reading less could
-give at best: all bytes of weights that a step reads, over those that are left. On a GPU (`--device cuda`) a step is
-the replay of a CUDA graph with a static cache, since Python alone takes longer than the GPU does.
+dense` the same with our kernel reading every weight of the sparse layers (on a GPU: cuBLAS, on the weights as we store
+them), and a row per sparsity the prepared adapter with anchors and gains (S on every token). The models take turns;
+medians. Thresholds come from a calibration on tokens that the model generated itself; `zeros` is what was realised in
+decoding. `limit` is what reading less could give at best: all bytes of weights that a step reads, over those that are
+left. On a GPU (`--device cuda`) a step is the replay of a CUDA graph with a static cache, since Python alone takes
+longer than the GPU does.
 """
 
 import argparse
@@ -132,6 +133,7 @@ def decode_graph(model: torch.nn.Module, prompts: torch.Tensor, steps: int) -> C
         model(input_ids=token, past_key_values=cache, position_ids=position).logits[:, -1:].argmax(-1)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # what is compiled or allocated once
         step()
         step()

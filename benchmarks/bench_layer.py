@@ -105,14 +105,17 @@ def measure(n_in: int, n_out: int, dtype: torch.dtype, arguments, cache: int):
     for rows in arguments.rows:
         x = torch.randn(rows, n_in, device=device)
         for sparsity in arguments.sparsities:
-            tau = x.abs().flatten().kthvalue(max(1, round(sparsity * x.numel()))).values
             x_, (norms, gain) = x.to(dtype), torch.ones(2, n_in, device=device)
+            scores = x.abs()
+            if arguments.relative:
+                scores = scores / reference.power_mean(scores, arguments.relative)
+            tau = scores.flatten().kthvalue(max(1, round(sparsity * x.numel()))).values
 
             def sparse(i, x_=x_, tau=tau, norms=norms, gain=gain):
-                return kernels.threshold_gemv(x_, transposed[i], tau, norms, gain, bias)
+                return kernels.threshold_gemv(x_, transposed[i], tau, norms, gain, bias, arguments.relative)
 
             def bag(i, x_=x_, tau=tau, norms=norms, gain=gain):
-                return cpu.bag(reference.select(x_, tau, norms, gain), transposed[i], bias)
+                return cpu.bag(reference.select(x_, tau, norms, gain, arguments.relative), transposed[i], bias)
 
             variants = {
                 "F.linear": lambda i, x_=x_: F.linear(x_, stored[i], plain_bias),
@@ -123,12 +126,12 @@ def measure(n_in: int, n_out: int, dtype: torch.dtype, arguments, cache: int):
             if device.type != "cpu":
                 everything = torch.full_like(tau, -1)
                 variants["dense"] = lambda i, x_=x_, norms=norms, gain=gain, all_of_it=everything: (
-                    kernels.threshold_gemv(x_, transposed[i], all_of_it, norms, gain, bias)
+                    kernels.threshold_gemv(x_, transposed[i], all_of_it, norms, gain, bias, arguments.relative)
                 )
                 del variants["embedding_bag"]
             clock = interleaved if device.type == "cpu" else graphed
             seconds = clock(variants, copies, arguments.repeats, arguments.seconds, arguments.now)
-            z = reference.select(x_, tau)
+            z = reference.select(x_, tau, relative=arguments.relative)
             expected = z[:1].double() @ transposed[0].double() + bias.double()
             union = (z != 0).any(0).double().mean().item()
             yield {
@@ -216,6 +219,7 @@ def main():
     parser.add_argument("--repeats", type=int, help="calls of each variant and case (default 25, quick 9)")
     parser.add_argument("--seconds", type=float, help="most time per case (default 10, quick 2)")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--relative", type=int, choices=[0, 1, 2], default=0, help="2: scores as of `weighted`")
     parser.add_argument("--cpu-time", action="store_true", help="for busy machines: CPU time, one thread only")
     parser.add_argument("--quick", action="store_true", help="three shapes, 50 and 70 %%, fewer repetitions")
     parser.add_argument("--overhead", action="store_true", help="only that of a 64 x 64 layer, one thread")

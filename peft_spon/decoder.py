@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .criteria import Sparsifier, State
-from .kernels import DTYPES, MOST_ROWS, bind_threshold_gemv, skips, sparse_gemv, threshold_gemv
+from .kernels import DTYPES, MOST_ROWS, bind_threshold_gemv, make_ready, skips, sparse_gemv, threshold_gemv
 from .repair import add
 from .transposed import Wrap, lay_out, restore_weight, transpose_weight
 
@@ -61,13 +61,15 @@ class Decoder:
         self.weight, self.weight_t = core.weight, core.weight_t.detach()
         self.device, self.dtype, self.address = core.weight.device, core.weight.dtype, core.weight.data_ptr()
         core.zeros = sparsifier.zeroed_share
+        make_ready(self.device)
         self.n_in, self.fused = sparsifier.n_in, None
         is_served = self.dtype in DTYPES and sparsifier.sparsity > 0
         if is_served and around is None and sparsifier.uses_threshold and sparsifier.criterion.is_fused:
             scores = {"gain": scale, "bias": bias, **sparsifier.criterion.threshold_gemv(state)}
             self.fused = bind_threshold_gemv(self.weight_t, state["threshold"], **scores)
-        # S in the kernel costs nothing, so there it pays even where every weight is read.
-        rows = [n for n in range(1, MOST_ROWS + 1) if self.fused is not None or skips(n, sparsifier.zeroed_share)]
+        # S in the kernel costs nothing on a CPU, so there it pays even where every weight is read.
+        pays = self.fused is not None and self.device.type == "cpu"
+        rows = [n for n in range(1, MOST_ROWS + 1) if pays or skips(n, sparsifier.zeroed_share)]
         self.most_entries = len(rows) * sparsifier.n_in if is_served else 0
         self.tensors = [
             (held, name, tensor, version_of(tensor))

@@ -13,7 +13,8 @@ from peft_spon.kernels import reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 LIMITS = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-SHAPES = [(300, 200), (576, 1536), (1536, 576), (2048, 5632)]
+# The last: a program has more inputs than a list.
+SHAPES = [(300, 200), (576, 1536), (1536, 576), (2048, 5632), (16384, 2048)]
 
 
 @pytest.mark.parametrize("relative", [0, 1, 2])
@@ -58,3 +59,29 @@ def test_a_prepared_model_says_the_same(criterion):
     assert torch.equal(model.generate(input_ids=prompt, **wanted), before)
     static = {"cache_implementation": "static", "disable_compile": True}
     assert torch.equal(model.generate(input_ids=prompt, **wanted, **static), before)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_says_the_same():
+    """As transformers compiles it for a static cache, with CUDA graphs; no call of the kernel came before."""
+    model = calibrated(get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.5, prefill="sparse"))).to("cuda")
+    prompt = torch.randint(3, 64, (1, 12), device="cuda")
+    wanted = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    before = model.generate(input_ids=prompt, **wanted)
+    prepare_for_decode(model)
+    assert torch.equal(model.generate(input_ids=prompt, **wanted, cache_implementation="static"), before)
+
+
+def test_streams_have_counters_of_their_own(monkeypatch):
+    from peft_spon.kernels import cuda
+
+    monkeypatch.setattr(cuda, "_slots", {})
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    slots = []
+    for stream in (*streams, *streams):
+        with torch.cuda.stream(stream):
+            slots.append(cuda._slot(0))
+    assert slots == [0, 1, 2, 0, 1, 2]
+    monkeypatch.setattr(cuda, "SLOTS", 3)
+    with pytest.raises(RuntimeError, match="has run on 3 streams of cuda:0"):
+        cuda._slot(0)

@@ -461,7 +461,7 @@ for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float
         every = dtype == torch.float32 and n_out == 200
         for order, more in ((2, True), (0, True), (0, False), (1, True), (2, False))[: 5 if every else 1]:
             x, tau = torch.randn(rows, n_in).to(dtype), torch.tensor([1.1])
-            weight_t, bias = torch.randn(n_in, n_out).to(dtype), torch.randn(n_out)
+            weight_t, bias = torch.randn(n_in, n_out).to(dtype), torch.randn(2 * n_out)[::2]
             column_scale, gain = torch.rand(2, n_in) + 0.5 if more else (None, None)
             z = select(x, tau, column_scale, gain, order)
             expected = z.double() @ weight_t.double() + bias.double()
@@ -496,11 +496,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import triton_kernel
 kernel = triton_kernel._sparse_gemv
-for rows, kind, n_out in ((1, "bf16", 4096), (1, "fp32", 1024), (4, "fp16", 4096)):
-    cut = triton_kernel.plan(rows, 4096, n_out, 4 if kind == "fp32" else 2, 108)
+for rows, kind, n_out, n_in in ((1, "bf16", 4096, 4096), (1, "fp32", 1024, 1), (4, "fp16", 4096, 4096)):
+    cut = triton_kernel.plan(rows, n_in, n_out, 4 if kind == "fp32" else 2, 108)
     fixed = dict(ROWS=rows, ROWS_PADDED=1 if rows == 1 else 16, HAS_BIAS=True, SELECTS=True, ORDER=2, HAS_SCALE=True,
                  HAS_GAIN=True, DOT_IN_FP32=False, BLOCK_IN=cut.block_in, BLOCK_OUT=cut.block_out,
                  BLOCK_LIST=cut.block_list, BLOCK_MEAN=triton_kernel.block_mean(rows), STAGES=cut.stages)
+    fixed |= {"n_in": 1} if n_in == 1 else {}  # as triton does it
     pointers = dict(x=kind, weight_t=kind, bias="fp32", tau="fp32", column_scale="fp32", gain="fp32", y=kind,
                     partial="fp32", counters="i32", listed="i32", values=kind)
     types = {name: "*" + of for name, of in pointers.items()}

@@ -4,6 +4,7 @@
 
 import functools
 import importlib.util
+import threading
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from . import ops, reference
 from .cpu import Kernel
 
 
-SLOTS = 64  # launches that may run at a time, by stream
-_slots: dict[tuple[int, int], int] = {}
+SLOTS = 128  # streams of a device, each with arrival counters of its own
+_slots: dict[int, dict[int, int]] = {}
+_lock = threading.Lock()
 
 
 @functools.cache
@@ -23,31 +25,50 @@ def active_kernel() -> Kernel:
     return Kernel("triton", "compiled by triton on first use")
 
 
+def has_kernel(device: torch.device) -> bool:
+    """Whether the Triton kernel serves a device."""
+    return active_kernel().name == "triton" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def make_ready(device: torch.device) -> None:
+    """Allocate what the kernel keeps on a device: later, a graph's own memory might be in use."""
+    if has_kernel(device):
+        _device(torch.cuda.current_device() if device.index is None else device.index)
+
+
 @functools.cache
 def _device(index: int) -> tuple[torch.Tensor, int]:
     """Arrival counters and number of multiprocessors of a device."""
     from .triton_kernel import COUNTERS
 
     if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("Call sparse_gemv once on this device before capturing a CUDA graph: triton compiles then.")
+        raise RuntimeError(
+            "Run the same shapes, dtypes and options once before capturing a CUDA graph: that is when triton compiles "
+            "and loads its kernels."
+        )
     counters = torch.zeros(SLOTS, COUNTERS, dtype=torch.int32, device=f"cuda:{index}")
     torch.cuda.synchronize(index)  # zero for every stream
     return counters, torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def has_kernel(x: torch.Tensor) -> bool:
-    """Whether the Triton kernel serves the device of x."""
-    return active_kernel().name == "triton" and torch.cuda.get_device_capability(x.device) >= (8, 0)
+def _slot(index: int) -> int:
+    """Which counters the current stream of a device has."""
+    stream = torch.cuda.current_stream(index).cuda_stream
+    with _lock:
+        taken = _slots.setdefault(index, {})
+        if stream not in taken and len(taken) == SLOTS:
+            raise RuntimeError(f"sparse_gemv has run on {SLOTS} streams of cuda:{index}, its limit; reuse streams.")
+        return taken.setdefault(stream, len(taken))
 
 
 def sparse_gemv(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    if not has_kernel(z):
+    if not has_kernel(z.device):
         return reference.masked_linear(z, weight_t, bias)
     return _launch(z, weight_t, bias)
 
 
 def threshold_gemv(x, weight_t, tau, column_scale=None, gain=None, bias=None, relative=0):
-    if not has_kernel(x):
+    if not has_kernel(x.device):
         return reference.threshold_gemv(x, weight_t, tau, column_scale, gain, bias, relative)
     ops.check_threshold(x, tau, column_scale, gain)
     ops.check_relative(relative)
@@ -65,10 +86,10 @@ def _launch(x: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None, 
     index = x.device.index
     with torch.cuda.device(index):
         counters, processors = _device(index)
-        slot = _slots.setdefault((index, torch.cuda.current_stream(index).cuda_stream), len(_slots) % SLOTS)
+        counters = counters[_slot(index)]
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         parts = [
-            triton_kernel.launch(part, weight_t, bias, counters[slot], processors, **selection)
+            triton_kernel.launch(part, weight_t, bias, counters, processors, **selection)
             for part in rows.split(triton_kernel.MOST_ROWS)
         ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)

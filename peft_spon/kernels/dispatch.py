@@ -146,6 +146,12 @@ def sparse_linear(
     return F.linear(z, weight, None if bias is None else bias.to(z.dtype))
 
 
+def make_ready(device: torch.device) -> None:
+    """Allocate what the kernels keep on a device, before anything is captured in a graph."""
+    if device.type == "cuda":
+        cuda.make_ready(device)
+
+
 def active_kernel(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> cpu.Kernel:
     """What computes `sparse_gemv` on a device: name, and where it comes from or why there is no better one.
 

@@ -18,6 +18,8 @@ import triton.language as tl
 
 MOST_ROWS = 8
 COUNTERS = 4096  # column blocks of one launch
+# Older versions say that they cannot put these loads in a pipeline.
+STAGES = 3 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3) else 1
 
 
 @triton.jit
@@ -45,7 +47,7 @@ def _power_mean(
             total += score
         else:
             total += score * score
-    mean = tl.sum(total, axis=1) / n_in.to(tl.float32)
+    mean = tl.sum(total, axis=1) / n_in
     if ORDER == 2:
         mean = tl.sqrt_rn(mean)
     return tl.maximum(mean, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL)
@@ -210,7 +212,7 @@ def plan(rows: int, n_in: int, n_out: int, itemsize: int, processors: int) -> Pl
     if rows == 1 and n_out > 2048:
         block_in, block_out, least, stages = 16, 1024 // itemsize, 128, 1
     else:
-        block_in, block_out, least, stages = 32, 128, 256, 3 if rows == 1 else 1
+        block_in, block_out, least, stages = 32, 128, 256, STAGES if rows == 1 else 1
     blocks = triton.cdiv(n_out, block_out)
     splits = max(1, min(2 * processors // blocks, n_in // least)) if blocks <= COUNTERS else 1
     n_split = triton.cdiv(triton.cdiv(n_in, splits), 16) * 16
@@ -240,6 +242,7 @@ def launch(
     `counters`, int32 zeros, are left as zeros. `cut`: another plan than that of the shape.
     """
     (rows, n_in), n_out = x.shape, weight_t.shape[1]
+    bias = None if bias is None else bias.contiguous()
     cut = cut or plan(rows, n_in, n_out, x.element_size(), processors)
     blocks = triton.cdiv(n_out, cut.block_out)
     programs = blocks * cut.splits
