@@ -26,7 +26,7 @@ def alarms(caplog):
         pytest.param({"dataloader_drop_last": True, "per_device_eval_batch_size": 16}, marks=pytest.mark.slow),
         pytest.param({"learning_rate": 0.0, "logging_steps": 1}, marks=pytest.mark.slow),
         {"learning_rate": 0.0, "gain_learning_rate": 0.0, "logging_steps": 1},
-        {"neftune_noise_alpha": 1.0, "learning_rate": 0.6},
+        {"neftune_noise_alpha": 1.0, "learning_rate": 0.3},
     ],
     ids=str,
 )
