@@ -217,9 +217,8 @@ class Zeros(Observer):
             kept[..., first:, :] = sparsifier.keep(z, state)
         kept = self.tokens_of(kept)
         self.seen[name] += kept.numel()
-        self.dropped[name] += kept.numel() - kept.sum(
-            dtype=torch.int64
-        )  # stays on its device: a GPU would have to wait
+        # A tensor on its device: to read it here, a GPU would be waited for.
+        self.dropped[name] += kept.numel() - kept.sum(dtype=torch.int64)
 
     def sparsifiers(self) -> dict[str, Sparsifier]:
         """S of every layer."""

@@ -19,11 +19,12 @@ import triton.language as tl
 MOST_ROWS = 8
 COUNTERS = 4096  # column blocks of one launch
 # Older versions say that they cannot put these loads in a pipeline.
-STAGES = 3 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3) else 1
+PIPELINE = 3 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3) else 1
 
 
 @triton.jit
 def _score(x, column_scale, inputs, inside, HAS_SCALE: tl.constexpr):
+    """|x| or |x * column_scale| in fp32, as in the criteria; x (rows, inputs)."""
     score = x.to(tl.float32)
     if HAS_SCALE:
         score *= tl.load(column_scale + inputs, mask=inside, other=0.0)[None, :]
@@ -212,7 +213,7 @@ def plan(rows: int, n_in: int, n_out: int, itemsize: int, processors: int) -> Pl
     if rows == 1 and n_out > 2048:
         block_in, block_out, least, stages = 16, 1024 // itemsize, 128, 1
     else:
-        block_in, block_out, least, stages = 32, 128, 256, STAGES if rows == 1 else 1
+        block_in, block_out, least, stages = 32, 128, 256, PIPELINE if rows == 1 else 1
     blocks = triton.cdiv(n_out, block_out)
     splits = max(1, min(2 * processors // blocks, n_in // least)) if blocks <= COUNTERS else 1
     n_split = triton.cdiv(triton.cdiv(n_in, splits), 16) * 16
