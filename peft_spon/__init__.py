@@ -16,8 +16,7 @@ from .decode import DecodeSummary, prepare_for_decode, restore_from_decode
 from .evaluation import EvaluationResult, evaluate
 from .layer import SponLayer
 from .linear import SponLinear
-from .lora import add_lora, save_lora, set_trainable, without_lora
-from .lora_files import load_with_lora
+from .lora import add_lora, load_with_lora, save_lora, set_trainable, without_lora
 from .model import SponModel, set_sparsity
 from .modes import dense_mode, every_token_sparse, without_anchors
 from .register import register

@@ -18,8 +18,7 @@ from .decode import DecodeSummary, prepare_for_decode, restore_from_decode
 from .layer import SponLayer
 from .linear import SponLinear
 from .loading import checked, module_keys, modules_checksum, own_checksum, undo_load
-from .lora import OverLora, check_can_be_reference
-from .lora_files import lora_checksums
+from .lora import OverLora, check_can_be_reference, lora_checksums
 from .merged import prepare_saving
 from .modes import keep_switched_off
 from .peft_model import save_and_load_checked

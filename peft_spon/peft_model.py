@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from .cards import keep_card_on_hub, without_local_base
 from .config import SponConfig, adapter_card_for_hub
 from .loading import find_file_problem, module_keys, undo_load
-from .lora_files import HUB_ARGUMENTS, load_loras_along
+from .lora import HUB_ARGUMENTS, load_loras_along
 from .sites import is_new, plain_name, spon_layers
 
 

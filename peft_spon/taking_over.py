@@ -38,7 +38,7 @@ def earlier_spon_taken_out(model: nn.Module, only: str | None) -> Iterator[None]
     Take SPON adapters out of a model on which `get_peft_model` is called again: their layers would go on acting.
 
     Such a call is a notebook's cell that is run again, on the base model that it has changed before. If the body
-    raises, the layers are back. A `PeftModel` with SPON is left alone, see [`lora.lora_taken_over`].
+    raises, the layers are back. A `PeftModel` with SPON is left alone, see [`lora.taken_over.lora_taken_over`].
 
     Args:
         model (`torch.nn.Module`): what the user hands to `get_peft_model`.

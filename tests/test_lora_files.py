@@ -452,7 +452,7 @@ def test_only_the_loras_own_files_are_written_and_uploaded(name, tmp_path, monke
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(content)
     hub = Uploads()
-    monkeypatch.setattr(peft_spon.lora, "HfApi", hub)
+    monkeypatch.setattr(peft_spon.lora.saving, "HfApi", hub)
     save_lora(model, tmp_path, name, repo_id="me/lora", private=True)
     assert hub.created == [("me/lora", {"exist_ok": True, "private": True})]
     assert hub.files.keys() == OWN
@@ -478,11 +478,11 @@ def test_a_lora_overwrites_nothing_else(what, tmp_path, monkeypatch):
         (model if what == "spon" else get_peft_model(MODELS["llama"](), IA3Config())).save_pretrained(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     hub = Uploads()
-    monkeypatch.setattr(peft_spon.lora, "HfApi", hub)
+    monkeypatch.setattr(peft_spon.lora.saving, "HfApi", hub)
     with pytest.raises(ValueError, match="save the LoRA into a folder of its own"):
         save_lora(model, tmp_path, repo_id="me/lora")
     # The same, on the Hub.
-    monkeypatch.setattr(peft_spon.lora, "_from_hub", lambda repo_id, token, name: here(tmp_path / name))
+    monkeypatch.setattr(peft_spon.lora.saving, "_from_hub", lambda repo_id, token, name: here(tmp_path / name))
     with pytest.raises(ValueError, match="me/lora holds .*save the LoRA into a folder of its own"):
         save_lora(model, tmp_path / "own", repo_id="me/lora")
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -499,8 +499,8 @@ def test_cards_that_somebody_has_written_stay(tmp_path, monkeypatch):
     (tmp_path / "hub/README.md").write_text("---\nlicense: mit\n---\nOn the Hub\n")
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nOf the folder\n")
     hub = Uploads()
-    monkeypatch.setattr(peft_spon.lora, "HfApi", hub)
-    monkeypatch.setattr(peft_spon.lora, "_from_hub", lambda repo_id, token, name: here(tmp_path / "hub" / name))
+    monkeypatch.setattr(peft_spon.lora.saving, "HfApi", hub)
+    monkeypatch.setattr(peft_spon.lora.saving, "_from_hub", lambda repo_id, token, name: here(tmp_path / "hub" / name))
     save_lora(spon_then_lora(), tmp_path, repo_id="me/lora")
     assert "On the Hub" in hub.files["README.md"].decode()
     assert "Of the folder" in (tmp_path / "README.md").read_text()

@@ -42,7 +42,6 @@ LEVELS = {
     "linear": 2,
     "loading": 2,
     "lora": 2,
-    "lora_files": 2,
     "merged": 2,
     "merged_loading": 2,
     "modes": 2,

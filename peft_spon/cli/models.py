@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
 from ..config import SponConfig
-from ..lora_files import load_with_lora, named_loras
+from ..lora import load_with_lora, named_loras
 from ..merged import METHOD
 from ..sites import spon_layers
 
