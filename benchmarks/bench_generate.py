@@ -4,6 +4,7 @@
 
     python benchmarks/bench_generate.py --preset llama-3.2-1b      # random weights: 0.97 B of them in sparse layers
     python benchmarks/bench_generate.py --model FOLDER             # any model folder; with its SPON adapter: --adapter
+    python benchmarks/bench_generate.py --int8                     # and the same with copies of the weights in 8 bits
 
 For every batch size, milliseconds per decode step of `generate`: `stock` is the model as transformers runs it, `own
 dense` the same with our kernel reading every weight of the sparse layers (on a GPU: cuBLAS, on the weights as we store
@@ -32,6 +33,7 @@ from peft import PeftModel, get_peft_model
 
 from peft_spon import SponConfig, calibrate, kernels
 from peft_spon.evaluation.speed import Speed, measure_speed
+from peft_spon.int8 import Int8Weight
 from peft_spon.sites import resolve_sites, sites
 from peft_spon.statistics import Zeros
 from peft_spon.transposed import transpose_weight
@@ -112,14 +114,24 @@ def realised(model: PeftModel, prompt: torch.Tensor) -> float:
 
 
 def own_dense(base: tf.PreTrainedModel, model: PeftModel) -> tf.PreTrainedModel:
-    """The base model on the prepared model's weights, each of them read at every step."""
+    """The base model on what the prepared model reads, all of it read at every step."""
     shared = {id(p): p for p in base.parameters()}
     dense = copy.deepcopy(base, shared)
     for name, site in sites(model).items():
         layer = dense.get_submodule(name)
-        layer.weight = site.plain_layer().weight
-        transpose_weight(layer, lambda plain: plain)
+        if site.decode_dtype == torch.int8:
+            layer.forward = functools.partial(Int8Weight(layer), bias=layer.bias)
+        else:
+            layer.weight = site.plain_layer().weight
+            transpose_weight(layer, lambda plain: plain)
     return dense
+
+
+def in_int8(model: PeftModel) -> PeftModel:
+    """The prepared model once more, on copies of its weights in 8 bits."""
+    other = copy.deepcopy(model)
+    other.prepare_for_decode(torch.int8)
+    return other
 
 
 @torch.no_grad()
@@ -171,11 +183,11 @@ def plot(records: list[dict], path: str) -> None:
     from matplotlib import pyplot
 
     figure, ax = pyplot.subplots(figsize=(6, 4))
-    for sparsity in sorted({r["sparsity"] for r in records}):
-        line = [r for r in records if r["sparsity"] == sparsity]
+    for name in dict.fromkeys(r["model"] for r in records):
+        line = [r for r in records if r["model"] == name]
         rows = [r["rows"] for r in line]
-        ax.plot(rows, [r["vs stock"] for r in line], "o-", label=f"{sparsity:.0%} vs stock dense")
-        ax.plot(rows, [r["vs own dense"] for r in line], "s:", label=f"{sparsity:.0%} vs own dense")
+        ax.plot(rows, [r["vs stock"] for r in line], "o-", label=f"{name} vs stock dense")
+        ax.plot(rows, [r["vs own dense"] for r in line], "s:", label=f"{name} vs own dense")
     ax.axhline(1, color="k", lw=0.5)
     ax.set(xlabel="sequences at a time", ylabel="times as fast", xscale="log")
     ax.set_xticks(rows, rows)
@@ -198,6 +210,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=24, help="new tokens of a turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--int8", action="store_true", help="also with copies of the weights in 8 bits")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cpu-time", action="store_true", help="for busy machines: CPU time, one thread only")
     parser.add_argument("--json", help="write all records there")
@@ -214,7 +227,10 @@ def main():
     prompts = prompts.to(arguments.device)
     model = sparse_model(copy.deepcopy(stock), arguments, prompts[:1])
     print(summary := model.prepare_for_decode())
-    dense = own_dense(stock, model)
+    dense, sparse = {"own dense": own_dense(stock, model)}, {"": model}
+    if arguments.int8:
+        sparse[" int8"] = in_int8(model)
+        dense["own dense int8"] = own_dense(stock, sparse[" int8"])
     inside = sum(site.plain_layer().weight.nbytes for site in sites(model).values())
     embedding = stock.get_input_embeddings().weight
     is_tied = stock.get_output_embeddings().weight is embedding
@@ -223,7 +239,7 @@ def main():
     print(f"{inside / 1e6:.0f} MB in sparse layers, {outside / 1e6:.0f} MB in others, {arguments.dtype}, ", end="")
     print(f"{arguments.threads} threads" + (f", memory read at {bandwidth:.1f} GB/s" if bandwidth else ""))
 
-    def at(sparsity: float):
+    def at(model: PeftModel, sparsity: float):
         def turned():
             model.set_sparsity(sparsity)
             return model
@@ -231,16 +247,18 @@ def main():
         return turned
 
     measure = functools.partial(measure_speed, now=now) if arguments.device == "cpu" else measure_graphs
-    names = {f"{sparsity:.0%}": sparsity for sparsity in arguments.sparsities}
+    names = {f"{s:.0%}{kind}": (model, s) for kind, model in sparse.items() for s in arguments.sparsities}
     records = []
-    print("rows          ms/token  tokens/s  GB/s   zeros  vs stock  vs own dense  limit   prompt ms")
+    print("rows              ms/token  tokens/s  GB/s   zeros  vs stock  vs own dense  limit   prompt ms")
     for rows in arguments.rows:
-        models = {"stock": lambda: stock, "own dense": lambda: dense, **{n: at(s) for n, s in names.items()}}
+        models = {"stock": lambda: stock, **{name: lambda model=model: model for name, model in dense.items()}}
+        models |= {name: at(*which) for name, which in names.items()}
         speeds = measure(models, prompts[:rows], arguments.tokens, arguments.rounds)
         for name, speed in speeds.items():
-            sparsity = names.get(name, 0.0)
-            zeros = realised(at(sparsity)(), prompts[:rows]) if sparsity else 0.0
-            read = inside * (1 - zeros**rows) + outside
+            which, sparsity = names.get(name, (None, 0.0))
+            zeros = realised(at(which, sparsity)(), prompts[:rows]) if which else 0.0
+            width = 1 / DTYPES[arguments.dtype].itemsize if name.endswith("int8") else 1.0
+            read = inside * width * (1 - zeros**rows) + outside
             record = {
                 "model": name,
                 "rows": rows,
@@ -255,7 +273,7 @@ def main():
             }
             records.append(record)
             print(
-                f"{rows:4d} {name:>10} {speed.token * 1e3:8.2f} {speed.tokens_per_second:9.1f} {record['GB/s']:5.1f} "
+                f"{rows:4d} {name:>14} {speed.token * 1e3:8.2f} {speed.tokens_per_second:9.1f} {record['GB/s']:5.1f} "
                 f"{zeros:7.1%} {record['vs stock']:9.2f} {record['vs own dense']:13.2f} {record['limit']:6.2f} "
                 f"{speed.prompt * 1e3:11.1f}",
                 flush=True,

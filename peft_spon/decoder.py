@@ -3,12 +3,14 @@
 """A decode step of one layer: y = W (scale * S(x)) + b', b' = b + shift + W inner, reading W where S(x) is not 0."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .criteria import Sparsifier, State
+from .int8 import Int8Weight, version_of
 from .kernels import DTYPES, MOST_ROWS, bind_threshold_gemv, make_ready, skips, sparse_gemv, threshold_gemv
 from .repair import add
 from .transposed import Wrap, lay_out, restore_weight, transpose_weight
@@ -36,7 +38,8 @@ class Decoder:
 
     Args:
         running ([`Running`]): what they are for.
-        core (`nn.Module`): the transposed layer.
+        core (`nn.Module`): the layer that holds W.
+        read (`nn.Module` or [`Int8Weight`]): what has W^T: the transposed layer itself, or its copy in 8 bits.
         scale (`torch.Tensor`, *optional*): 1 + gain, fp32, (in,).
         bias (`torch.Tensor`, *optional*): b', fp32, (out,).
         around (`Callable`, *optional*): x to W x + b with what is around W, such as a LoRA that is not merged; the
@@ -49,6 +52,7 @@ class Decoder:
         self,
         running: Running,
         core: nn.Module,
+        read: nn.Module | Int8Weight,
         scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         around: Callable[[torch.Tensor], torch.Tensor] | None,
@@ -58,15 +62,16 @@ class Decoder:
         sparsifier = running.sparsifier
         self.running, self.around, self.state = running, around, state
         self.scale, self.bias = scale, bias
-        self.weight, self.weight_t = core.weight, core.weight_t.detach()
+        self.weight, self.weight_t, self.weight_scale = core.weight, read.weight_t.detach(), read.weight_scale
         self.device, self.dtype, self.address = core.weight.device, core.weight.dtype, core.weight.data_ptr()
-        core.zeros = sparsifier.zeroed_share
+        read.zeros = sparsifier.zeroed_share
         make_ready(self.device)
         self.n_in, self.fused = sparsifier.n_in, None
         is_served = self.dtype in DTYPES and sparsifier.sparsity > 0
         if is_served and around is None and sparsifier.uses_threshold and sparsifier.criterion.is_fused:
-            scores = {"gain": scale, "bias": bias, **sparsifier.criterion.threshold_gemv(state)}
-            self.fused = bind_threshold_gemv(self.weight_t, state["threshold"], **scores)
+            others = {"gain": scale, "bias": bias, "weight_scale": self.weight_scale}
+            scores = sparsifier.criterion.threshold_gemv(state)
+            self.fused = bind_threshold_gemv(self.weight_t, state["threshold"], self.dtype, **others, **scores)
         # S in the kernel costs nothing on a CPU, so there it pays even where every weight is read.
         pays = self.fused is not None and self.device.type == "cpu"
         rows = [n for n in range(1, MOST_ROWS + 1) if pays or skips(n, sparsifier.zeroed_share)]
@@ -97,19 +102,19 @@ class Decoder:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """y, shape (..., out), of x (..., in)."""
-        return self.general(x, self.weight_t, self.state) if self.fused is None else self.fused(x)
+        return self.general(x, self, self.state) if self.fused is None else self.fused(x)
 
-    def general(self, x: torch.Tensor, weight_t: torch.Tensor, state: State) -> torch.Tensor:
-        """The same with the layer's tensors as they are now, not as they were: what torch.compile is shown."""
-        sparsifier = self.running.sparsifier
+    def general(self, x: torch.Tensor, read: Any, state: State) -> torch.Tensor:
+        """The same with W^T of `read` and this state: torch.compile is shown those of now, not those of then."""
+        sparsifier, weights = self.running.sparsifier, {"bias": self.bias, "weight_scale": read.weight_scale}
         if self.fused is not None:
             scores = sparsifier.criterion.threshold_gemv(state)
-            return threshold_gemv(x, weight_t, state["threshold"], gain=self.scale, bias=self.bias, **scores)
+            return threshold_gemv(x, read.weight_t, state["threshold"], gain=self.scale, **weights, **scores)
         z = sparsifier(x, state)
         if self.scale is not None:
             z = z * self.scale.to(z.dtype)
         if self.around is None:
-            return sparse_gemv(z, weight_t, self.bias)
+            return sparse_gemv(z, read.weight_t, **weights)
         y = self.around(z)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -119,6 +124,8 @@ class Decoding:
 
     decoder: Decoder | None = None
     is_prepared = False
+    decode_dtype: torch.dtype | None = None  # int8: prepared to read a copy of W in 8 bits
+    _int8: Int8Weight | None = None
     wrap: Wrap = staticmethod(lambda dense: dense)
 
     # What the layers say of themselves.
@@ -126,6 +133,10 @@ class Decoding:
     def plain_layer(self) -> nn.Module:
         """The linear layer that holds W."""
         raise NotImplementedError
+
+    def merged_into_weight(self) -> tuple[str, ...]:
+        """Names of the adapters beneath that are merged into W."""
+        return ()
 
     def running_now(self) -> Running | None:
         """What the layer computes now; None where that is nothing that a decoder computes."""
@@ -147,28 +158,47 @@ class Decoding:
         if decoder is None or decoder.running != running or not (is_compiling or decoder.is_fresh()):
             if is_compiling:
                 return None
-            lay_out(self.plain_layer())  # another weight may have been put there
+            if self.decode_dtype is None:
+                lay_out(self.plain_layer())  # another weight may have been put there
             decoder = self.decoder = self.make_decoder(running)
         first = running.names[0]
         if not decoder.serves(x) or self.first_sparse_token(x, first) != 0:
             return None
         if is_compiling:
-            return decoder.general(x, self.plain_layer().weight_t, self.sparsifier_state(first))
+            return decoder.general(x, self.what_is_read(), self.sparsifier_state(first))
         return decoder(x)
 
-    def prepare_decode(self) -> None:
-        """Lay the weight out for decoding, and make the constants."""
+    def what_is_read(self) -> nn.Module | Int8Weight | None:
+        """What has W^T, made anew where W has changed; None: a copy in 8 bits that torch.compile cannot make."""
+        core = self.plain_layer()
+        if self.decode_dtype is None:
+            return core
+        if not torch.compiler.is_compiling():
+            merged = self.merged_into_weight()
+            if self._int8 is None or not self._int8.is_of(core, merged):
+                self._int8 = Int8Weight(core, merged)
+        return self._int8
+
+    def int8_linear(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """W x + b of the copy in 8 bits, for any number of rows, where the layer is prepared so."""
+        if self.decode_dtype is None or (read := self.what_is_read()) is None or x.device != read.weight_t.device:
+            return None
+        return partial(read, bias=self.plain_layer().bias)
+
+    def prepare_decode(self, weight_dtype: torch.dtype | None = None) -> None:
+        """Lay the weight out for decoding, or copy it in 8 bits, and make the constants."""
         if not self.is_prepared:
-            transpose_weight(self.plain_layer(), self.wrap)
-            self.is_prepared = True
+            if weight_dtype is None:
+                transpose_weight(self.plain_layer(), self.wrap)
+            self.is_prepared, self.decode_dtype = True, weight_dtype
         if (running := self.running_now()) is not None:
             self.decoder = self.make_decoder(running)
 
     def restore_decode(self) -> None:
         """Undo [`Decoding.prepare_decode`]."""
-        if self.is_prepared:
+        if self.is_prepared and self.decode_dtype is None:
             restore_weight(self.plain_layer(), self.wrap)
-        self.is_prepared, self.decoder = False, None
+        self.is_prepared, self.decode_dtype, self._int8, self.decoder = False, None, None, None
 
     def train(self, mode: bool = True):
         """Training undoes the preparation: it changes what the constants are made of, and reads W by rows."""
@@ -179,11 +209,6 @@ class Decoding:
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.decoder = None
         super()._load_from_state_dict(*args, **kwargs)
-
-
-def version_of(tensor: torch.Tensor | None) -> int:
-    """Counts in-place changes; tensors made in inference mode have no counter."""
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def constant_bias(*parts: torch.Tensor | None) -> torch.Tensor | None:

@@ -66,7 +66,7 @@ class SponLinear(Decoding, nn.Module, SponLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
-        linear = partial(self.base_layer, *args, **kwargs) if args or kwargs else self.base_layer
+        linear = self._linear(x, *args, **kwargs)
         if self._merged is not None:
             first, repair = self._merged.first, self._merged.repair
             if self._merged.in_bias:
@@ -84,6 +84,21 @@ class SponLinear(Decoding, nn.Module, SponLayer):
         start = self.first_sparse_token(x, first)
         return repaired_linear(x, linear, self.sparsifier(first), self.sparsifier_state(first), repair, start)
 
+    def _linear(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What S(x) goes into: W and b, with the LoRA that is around them."""
+        if args or kwargs:
+            return partial(self.base_layer, *args, **kwargs)
+        return (None if self._is_lora_around() else self.int8_linear(x)) or self.base_layer
+
+    def _is_lora_around(self) -> bool:
+        """Whether a LoRA is computed beside W."""
+        base = self.base_layer
+        return base is not self.plain_layer() and not base.merged and not base.disable_adapters
+
+    def merged_into_weight(self) -> tuple[str, ...]:
+        """Of a LoRA beneath."""
+        return tuple(self.base_layer.merged_adapters) if isinstance(self.base_layer, BaseTunerLayer) else ()
+
     def plain_layer(self) -> nn.Module:
         """The linear layer that holds W, in LoRA or not."""
         return self.get_base_layer()
@@ -99,23 +114,26 @@ class SponLinear(Decoding, nn.Module, SponLayer):
         base, beneath = self.base_layer, ()
         if isinstance(base, BaseTunerLayer):
             scaling = tuple(vars(base).get("scaling", {}).items())
-            beneath = tuple(base.merged_adapters), base.disable_adapters, tuple(base.active_adapters), scaling
+            beneath = self.merged_into_weight(), base.disable_adapters, tuple(base.active_adapters), scaling
         return Running(names, merged, beneath, settings[names[0]].sparsifier)
 
     @torch.no_grad()
     def make_decoder(self, running: Running) -> Decoder:
         """The constants of a decode step: a LoRA beneath stays around W, unless it is merged or off."""
         self.adapters_run.update(running.names)
-        base, core = self.base_layer, self.plain_layer()
-        is_around = base is not core and not base.merged and not base.disable_adapters
+        base, core, is_around = self.base_layer, self.plain_layer(), self._is_lora_around()
         repair = self.repair(running.names) if self._merged is None else self._merged.repair
-        inner = None if repair.inner is None else through_weight(base if is_around else core, repair.inner)
+        read, inner = self.what_is_read(), repair.inner
+        if inner is not None and self.decode_dtype is not None and not is_around:
+            inner = read(inner, None)
+        elif inner is not None:
+            inner = through_weight(base if is_around else core, inner)
         shift = None if self._merged is not None and self._merged.in_bias else repair.shift
         bias = constant_bias(None if is_around else core.bias, shift, inner)
         around = base if is_around else None
         made_of = [module for module in self.modules() if module is not self]
         state = self.sparsifier_state(running.names[0])
-        return Decoder(running, core, repair.scale, bias, around, state, made_of)
+        return Decoder(running, core, read, repair.scale, bias, around, state, made_of)
 
     def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str]) -> None:
         """Raises `ValueError` as LoRA's layers do: not one name per row, or merged adapters."""
@@ -132,15 +150,15 @@ class SponLinear(Decoding, nn.Module, SponLayer):
 
     def _mixed_batch_forward(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any):
         """One adapter name per row of the batch; "__base__" rows stay dense."""
-        linear = partial(self.base_layer, *args, **kwargs)
-        y = None
+        dense = partial(self.base_layer, *args, **kwargs)
+        linear, y = self._linear(x, *args, **kwargs), None
         for name in dict.fromkeys(adapter_names):
             index = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=x.device)
             rows = x[index]
             if name in self.spon_settings:
                 part = self._sparse_forward(rows, linear, name, self.repair([name] if self._anchors_enabled else []))
             else:
-                part = linear(rows)
+                part = dense(rows)
             y = part.new_empty(x.shape[0], *part.shape[1:]) if y is None else y
             y = y.index_copy(0, index, part)
         return y

@@ -239,9 +239,9 @@ class SponModel(OverLora, BaseTuner):
         """
         set_sparsity(self.model, sparsity, pattern, adapter_name)
 
-    def prepare_for_decode(self) -> DecodeSummary:
+    def prepare_for_decode(self, weight_dtype: torch.dtype | None = None) -> DecodeSummary:
         """Let decode steps skip the weights of inputs that S zeroes; see [`prepare_for_decode`]."""
-        return prepare_for_decode(self.model)
+        return prepare_for_decode(self.model, weight_dtype)
 
     def restore_from_decode(self) -> None:
         """Undo [`SponModel.prepare_for_decode`]."""

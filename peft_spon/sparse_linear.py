@@ -119,7 +119,9 @@ class SparseMixin(Decoding):
         first, scale, shift = self.first_sparse_token(x), None, None
         if self._anchors_enabled:
             scale, shift = self._buffers["spon_input_scale"], self._buffers["spon_shift"]
-        if first == 0 and shift is not None and self.shifted_forward is not None:
+        if not (args or kwargs) and (in_eight_bits := self.int8_linear(x)) is not None:
+            linear = in_eight_bits
+        elif first == 0 and shift is not None and self.shifted_forward is not None:
             linear, shift = self.shifted_forward, None
         repair = Repair(scale, None, shift)
         return repaired_linear(x, linear, self.spon_settings.sparsifier, self.sparsifier_state(), repair, first)
@@ -169,7 +171,8 @@ class SparseMixin(Decoding):
     def make_decoder(self, running: Running) -> Decoder:
         """The constants of a decode step."""
         bias = constant_bias(self.bias, self.spon_shift)
-        return Decoder(running, self, self.spon_input_scale, bias, None, self.sparsifier_state(), [self])
+        read, scale = self.what_is_read(), self.spon_input_scale
+        return Decoder(running, self, read, scale, bias, None, self.sparsifier_state(), [self])
 
     def own_tensors(self) -> dict[str, torch.Tensor]:
         """What SPON has beside the weight."""

@@ -35,6 +35,7 @@ LEVELS = {
     "config": 1,
     "containers": 1,
     "decoder": 1,
+    "int8": 1,
     "sparse_linear": 1,
     "transposed": 1,
     "decode": 2,

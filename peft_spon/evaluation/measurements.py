@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -240,10 +241,11 @@ def decoding_speed(model: nn.Module, ids: torch.Tensor) -> dict[str, Any]:
 
     The dense model has its weights as they lie without preparation.
     """
-    was_prepared = any(layer.is_prepared for layer in sites(model).values())
+    was_prepared = [layer.decode_dtype for layer in sites(model).values() if layer.is_prepared]
+    prepare = partial(prepare_for_decode, model, was_prepared[0] if was_prepared else None)
     with warnings.catch_warnings(), ExitStack() as stack, ExitStack() as turn:
         warnings.simplefilter("ignore")  # of layers that are not served: the report names them
-        stack.callback(prepare_for_decode if was_prepared else restore_from_decode, model)
+        stack.callback(prepare if was_prepared else partial(restore_from_decode, model))
 
         def dense() -> nn.Module:
             restore_from_decode(model)
@@ -252,12 +254,12 @@ def decoding_speed(model: nn.Module, ids: torch.Tensor) -> dict[str, Any]:
 
         def prepared() -> nn.Module:
             turn.close()
-            prepare_for_decode(model)
+            prepare()
             return model
 
         models = {"dense": dense, "prepared": prepared}
         times = measure_speed(models, ids.to(next(model.parameters()).device), SPEED_TOKENS, SPEED_ROUNDS)
-        summary = prepare_for_decode(model)
+        summary = prepare()
 
     def entry(speed: Speed) -> dict[str, float]:
         return {"tokens_per_second": speed.tokens_per_second, "prompt_seconds": speed.prompt}

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from . import build, ops, reference
 
 
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 DONE, NEAR, NO_MEMORY = range(3)
 INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
 # (out, in) strides (1, out): torch multiplies that 10 to 100 times as slowly as fp32 in a dtype that its matrix
@@ -77,8 +77,8 @@ def _load() -> tuple[Library | None, Kernel]:
     if chosen is None:
         raise ValueError(f"PEFT_SPON_CPU_KERNEL is {wish!r}, which this machine does not have.")
     pointers, sizes, codes = [ctypes.c_void_p], [ctypes.c_long], [ctypes.c_int]
-    library.spon_gemv.argtypes = pointers * 4 + sizes * 4 + codes * 3 + sizes
-    library.spon_threshold_gemv.argtypes = pointers * 8 + codes + sizes * 4 + codes * 2 + sizes
+    library.spon_gemv.argtypes = pointers * 5 + sizes * 4 + codes * 4 + sizes
+    library.spon_threshold_gemv.argtypes = pointers * 9 + codes + sizes * 4 + codes * 3 + sizes
     library.spon_read.argtypes = pointers + sizes * 2
     library.spon_read.restype = ctypes.c_float
     found = Library(library.spon_gemv, library.spon_threshold_gemv, library.spon_read)
@@ -105,19 +105,27 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 
 
 def _readable(bias: torch.Tensor | None) -> torch.Tensor | None:
-    if bias is not None and not (bias.is_contiguous() and bias.dtype in CODES):
+    if bias is not None and not (bias.is_contiguous() and bias.dtype in ops.DTYPES):
         return bias.float().contiguous()
     return bias
 
 
-def _product(library: Library, z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None, dense: bool):
-    ops.check(z, weight_t, bias)
+def _product(
+    library: Library,
+    z: torch.Tensor,
+    weight_t: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight_scale: torch.Tensor | None,
+    dense: bool,
+) -> torch.Tensor:
+    ops.check(z, weight_t, bias, weight_scale)
     n_in, n_out = weight_t.shape
     z, bias = z.contiguous(), _readable(bias)
     y = z.new_empty((*z.shape[:-1], n_out))
     status = library.gemv(
         z.data_ptr(),
         weight_t.data_ptr(),
+        _address(weight_scale),
         _address(bias),
         y.data_ptr(),
         y.numel() // n_out if n_out else 0,
@@ -125,6 +133,7 @@ def _product(library: Library, z: torch.Tensor, weight_t: torch.Tensor, bias: to
         n_out,
         weight_t.stride(0),
         CODES[z.dtype],
+        CODES[weight_t.dtype],
         0 if bias is None else CODES[bias.dtype],
         dense,
         torch.get_num_threads(),
@@ -134,37 +143,42 @@ def _product(library: Library, z: torch.Tensor, weight_t: torch.Tensor, bias: to
     return y
 
 
-def sparse_gemv(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def sparse_gemv(z, weight_t, bias=None, weight_scale=None) -> torch.Tensor:
     library, _ = _load()
-    return bag(z, weight_t, bias) if library is None else _product(library, z, weight_t, bias, dense=False)
+    if library is None:
+        return bag(z, weight_t, bias, weight_scale)
+    return _product(library, z, weight_t, bias, weight_scale, dense=False)
 
 
-def dense_gemv(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def dense_gemv(z, weight_t, bias=None, weight_scale=None) -> torch.Tensor:
     library, _ = _load()
-    return linear(z, weight_t, bias) if library is None else _product(library, z, weight_t, bias, dense=True)
+    if library is None:
+        return linear(z, weight_t, bias, weight_scale)
+    return _product(library, z, weight_t, bias, weight_scale, dense=True)
 
 
-def threshold_gemv(x, weight_t, tau, column_scale=None, gain=None, bias=None, relative=0):
-    ops.check(x, weight_t, bias)
+def threshold_gemv(x, weight_t, tau, column_scale=None, gain=None, bias=None, relative=0, weight_scale=None):
+    ops.check(x, weight_t, bias, weight_scale)
     ops.check_threshold(x, tau, column_scale, gain)
-    return bind_threshold_gemv(weight_t, tau, column_scale, gain, bias, relative)(x)
+    return bind_threshold_gemv(weight_t, tau, column_scale, gain, bias, relative, weight_scale, x.dtype)(x)
 
 
 def bind_threshold_gemv(
-    weight_t, tau, column_scale=None, gain=None, bias=None, relative=0
+    weight_t, tau, column_scale=None, gain=None, bias=None, relative=0, weight_scale=None, dtype=None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """x -> threshold_gemv(x, ...) at half the fixed cost: the rest, which must fit and stay, is given once."""
     ops.check_relative(relative)
     library, _ = _load()
     if library is None:
-        return lambda x: bag(reference.select(x, tau, column_scale, gain, relative), weight_t, bias)
+        return lambda x: bag(reference.select(x, tau, column_scale, gain, relative), weight_t, bias, weight_scale)
     n_in, n_out = weight_t.shape
     bias = _readable(bias)
     function, threads = library.threshold_gemv, torch.get_num_threads
-    before = weight_t.data_ptr(), _address(bias)
+    before = weight_t.data_ptr(), _address(weight_scale), _address(bias)
     state = tau.data_ptr(), _address(column_scale), _address(gain)
-    sizes = n_in, n_out, weight_t.stride(0), CODES[weight_t.dtype], 0 if bias is None else CODES[bias.dtype]
-    held = weight_t, tau, column_scale, gain, bias
+    codes = CODES[dtype or weight_t.dtype], CODES[weight_t.dtype], 0 if bias is None else CODES[bias.dtype]
+    sizes = n_in, n_out, weight_t.stride(0), *codes
+    held = weight_t, weight_scale, tau, column_scale, gain, bias
 
     def product(x: torch.Tensor, held=held) -> torch.Tensor:
         x = x.contiguous()
@@ -182,12 +196,14 @@ def bind_threshold_gemv(
     return product
 
 
-def bag(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def bag(z, weight_t, bias=None, weight_scale=None) -> torch.Tensor:
     """sparse_gemv in plain torch: each row of z is a bag of rows of weight_t, in as many column blocks as threads.
 
     `embedding_bag` shares bags between threads, never columns: the weight is seen as (in * blocks, out / blocks).
     """
-    ops.check(z, weight_t, bias)
+    ops.check(z, weight_t, bias, weight_scale)
+    if weight_scale is not None:  # which `embedding_bag` does not know
+        return reference.sparse_gemv(z, weight_t, bias, weight_scale)
     n_in, n_out = weight_t.shape
     rows = z.flatten(0, -2) if z.dim() > 1 else z[None]
     if len(rows) == 1:
@@ -214,17 +230,12 @@ def bag(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None = Non
     return y if bias is None else (y + bias).to(z.dtype)
 
 
-def linear(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """z W^T + b for many rows, where torch is slow at it: blocks of W^T are converted to fp32 on the way."""
-    if z.dtype not in SLOW_DTYPES:
-        return reference.masked_linear(z, weight_t, bias)
+def linear(z, weight_t, bias=None, weight_scale=None) -> torch.Tensor:
+    """z W^T + b for many rows."""
+    if z.dtype not in SLOW_DTYPES or weight_scale is not None:
+        return reference.masked_linear(z, weight_t, bias, weight_scale)
     ops.check(z, weight_t, bias)
-    y, wide = z.new_empty((*z.shape[:-1], weight_t.shape[1])), z.float()
-    for start in range(0, weight_t.shape[1], 1024):
-        block = slice(start, start + 1024)
-        part = wide @ weight_t[:, block].float()
-        y[..., block] = part if bias is None else part + bias[block]
-    return y
+    return reference.blockwise(z, weight_t, bias)
 
 
 ops.LIBRARY.impl("sparse_gemv", sparse_gemv, "CPU")

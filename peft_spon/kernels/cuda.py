@@ -61,15 +61,18 @@ def _slot(index: int) -> int:
         return taken.setdefault(stream, len(taken))
 
 
-def sparse_gemv(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    if not has_kernel(z.device):
-        return reference.masked_linear(z, weight_t, bias)
+# Weights of 8 bits have no kernel here yet: they are right, and slow.
+
+
+def sparse_gemv(z, weight_t, bias=None, weight_scale=None) -> torch.Tensor:
+    if not has_kernel(z.device) or weight_scale is not None:
+        return reference.masked_linear(z, weight_t, bias, weight_scale)
     return _launch(z, weight_t, bias)
 
 
-def threshold_gemv(x, weight_t, tau, column_scale=None, gain=None, bias=None, relative=0):
-    if not has_kernel(x.device):
-        return reference.threshold_gemv(x, weight_t, tau, column_scale, gain, bias, relative)
+def threshold_gemv(x, weight_t, tau, column_scale=None, gain=None, bias=None, relative=0, weight_scale=None):
+    if not has_kernel(x.device) or weight_scale is not None:
+        return reference.threshold_gemv(x, weight_t, tau, column_scale, gain, bias, relative, weight_scale)
     ops.check_threshold(x, tau, column_scale, gain)
     ops.check_relative(relative)
     return _launch(x, weight_t, bias, tau=tau, column_scale=column_scale, gain=gain, relative=relative)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from . import cpu, cuda, ops
+from . import cpu, cuda, ops, reference
 
 
 MOST_ROWS = 8
@@ -27,15 +27,22 @@ def _eager_on_cpu(x: torch.Tensor, weight_t: torch.Tensor) -> bool:
     )
 
 
-def sparse_gemv(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def sparse_gemv(
+    z: torch.Tensor,
+    weight_t: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    weight_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     """y = z W^T + b where rows of `weight_t` whose input is 0 in every row of z are never read.
 
     Rows share a reading in groups of eight. Sums are fp32; NaN and infinities in z propagate; no gradients.
 
     Args:
         z (`torch.Tensor`): inputs already zeroed by S, (..., in), fp32, bf16 or fp16.
-        weight_t (`torch.Tensor`): W^T, (in, out), rows contiguous, dtype and device of z. See `transposed_storage`.
+        weight_t (`torch.Tensor`): W^T, (in, out), rows contiguous, device of z, and its dtype, or int8. See
+            `transposed_storage`.
         bias (`torch.Tensor`, *optional*): (out,), any float dtype; it is added in fp32.
+        weight_scale (`torch.Tensor`, *optional*): of int8, fp32, (out,): W^T is `weight_t * weight_scale`.
 
     Returns:
         `torch.Tensor`: (..., out), dtype of z.
@@ -44,15 +51,20 @@ def sparse_gemv(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | No
         ValueError: shapes, dtypes, strides or devices do not fit.
     """
     if _eager_on_cpu(z, weight_t):
-        return cpu.sparse_gemv(z, weight_t, bias)
-    return torch.ops.peft_spon.sparse_gemv(z, weight_t, bias)
+        return cpu.sparse_gemv(z, weight_t, bias, weight_scale)
+    return torch.ops.peft_spon.sparse_gemv(z, weight_t, bias, weight_scale)
 
 
-def dense_gemv(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def dense_gemv(
+    z: torch.Tensor,
+    weight_t: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    weight_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     """`sparse_gemv` that reads every row, by the same kernel: the same bits where the weights are finite."""
     if _eager_on_cpu(z, weight_t):
-        return cpu.dense_gemv(z, weight_t, bias)
-    return torch.ops.peft_spon.dense_gemv(z, weight_t, bias)
+        return cpu.dense_gemv(z, weight_t, bias, weight_scale)
+    return torch.ops.peft_spon.dense_gemv(z, weight_t, bias, weight_scale)
 
 
 def threshold_gemv(
@@ -63,6 +75,7 @@ def threshold_gemv(
     gain: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     relative: int = 0,
+    weight_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y = (S(x) * gain) W^T + b, S and the product in one call. S keeps x_i when s_i > tau, s = |x * column_scale|;
     with `relative`, s is divided by its power mean of that order over the token. The set is that of the criteria,
@@ -71,12 +84,13 @@ def threshold_gemv(
 
     Args:
         x (`torch.Tensor`): inputs, (..., in), fp32, bf16 or fp16.
-        weight_t (`torch.Tensor`): W^T, (in, out), rows contiguous, dtype and device of x.
+        weight_t (`torch.Tensor`): W^T, (in, out), rows contiguous, device of x, and its dtype, or int8.
         tau (`torch.Tensor`): threshold, one fp32 number.
         column_scale (`torch.Tensor`, *optional*): fp32, (in,); `weighted`: the norms of the columns of W.
         gain (`torch.Tensor`, *optional*): fp32, (in,), what the kept entries are multiplied by (1 + gamma).
         bias (`torch.Tensor`, *optional*): (out,), any float dtype; it is added in fp32.
         relative (`int`, *optional*, defaults to 0): scores relative to their mean (1) or root mean square (2); 0: not.
+        weight_scale (`torch.Tensor`, *optional*): of int8, fp32, (out,): W^T is `weight_t * weight_scale`.
 
     Returns:
         `torch.Tensor`: (..., out), dtype of x.
@@ -85,20 +99,22 @@ def threshold_gemv(
         ValueError: shapes, dtypes, strides or devices do not fit.
     """
     if _eager_on_cpu(x, weight_t):
-        return cpu.threshold_gemv(x, weight_t, tau, column_scale, gain, bias, relative)
-    return torch.ops.peft_spon.threshold_gemv(x, weight_t, tau, column_scale, gain, bias, relative)
+        return cpu.threshold_gemv(x, weight_t, tau, column_scale, gain, bias, relative, weight_scale)
+    return torch.ops.peft_spon.threshold_gemv(x, weight_t, tau, column_scale, gain, bias, relative, weight_scale)
 
 
 def bind_threshold_gemv(
-    weight_t: torch.Tensor, tau: torch.Tensor, **others: Any
+    weight_t: torch.Tensor, tau: torch.Tensor, dtype: torch.dtype | None = None, **others: Any
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """x -> threshold_gemv(x, weight_t, tau, **others) at a smaller fixed cost, without gradients.
 
-    These tensors must stay where they are, and x be of a dtype, device and width that fit.
+    These tensors must stay where they are, and x be of this dtype (default: that of the weight), and of a device and
+    width that fit.
     """
     if weight_t.is_cpu:
-        ops.check(weight_t.new_empty(weight_t.shape[0]), weight_t, others.get("bias"))
-        return cpu.bind_threshold_gemv(weight_t, tau, **others)
+        x = weight_t.new_empty(weight_t.shape[0], dtype=dtype or weight_t.dtype)
+        ops.check(x, weight_t, others.get("bias"), others.get("weight_scale"))
+        return cpu.bind_threshold_gemv(weight_t, tau, dtype=dtype, **others)
     return partial(threshold_gemv, weight_t=weight_t, tau=tau, **others)
 
 
@@ -117,7 +133,11 @@ def skips(rows: int, sparsity: float) -> bool:
 
 
 def sparse_linear(
-    z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, sparsity: float = 0.5
+    z: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    sparsity: float = 0.5,
+    weight_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """F.linear(z, weight, bias) by the product that is fastest for this number of rows.
 
@@ -126,21 +146,28 @@ def sparse_linear(
 
     Args:
         z (`torch.Tensor`): inputs already zeroed by S, (..., in).
-        weight (`torch.Tensor`): (out, in), strides (1, out).
+        weight (`torch.Tensor`): (out, in), strides (1, out), dtype of z, or int8.
         bias (`torch.Tensor`, *optional*): (out,).
         sparsity (`float`, *optional*, defaults to 0.5): share of zeros to be expected in a row of z.
+        weight_scale (`torch.Tensor`, *optional*): of int8, fp32, (out,): W is `weight * weight_scale[:, None]`.
     """
     rows = z.numel() // z.shape[-1] if z.shape[-1] else 0
-    is_ours = z.dtype == weight.dtype and z.dtype in ops.DTYPES and not torch.is_autocast_enabled(z.device.type)
+    fits = z.dtype == weight.dtype or weight_scale is not None
+    is_autocast = torch.is_autocast_enabled(z.device.type)
+    is_ours = fits and z.dtype in ops.DTYPES and not is_autocast
     stored_transposed = is_ours and weight.stride(0) == 1
     differentiates = torch.is_grad_enabled() and (
         z.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     if stored_transposed and not differentiates:
         if skips(rows, sparsity):
-            return sparse_gemv(z, weight.t(), bias)
+            return sparse_gemv(z, weight.t(), bias, weight_scale)
         if z.is_cpu and rows <= MOST_ROWS:
-            return dense_gemv(z, weight.t(), bias)
+            return dense_gemv(z, weight.t(), bias, weight_scale)
+    if weight_scale is not None and is_autocast:
+        weight = weight * weight_scale[:, None]
+    elif weight_scale is not None:
+        return reference.blockwise(z, weight.t(), bias, weight_scale)
     if stored_transposed and z.is_cpu:
         return cpu.linear(z, weight.t(), bias)
     return F.linear(z, weight, None if bias is None else bias.to(z.dtype))
@@ -164,8 +191,8 @@ def active_kernel(device: torch.device | str = "cpu", dtype: torch.dtype = torch
         whole weight is read: no faster than dense); `origin` is a sentence.
     """
     device = torch.device(device)
-    if dtype not in cpu.CODES:
-        return cpu.Kernel("none", f"{dtype} is not one of {tuple(cpu.CODES)}")
+    if dtype not in ops.DTYPES:
+        return cpu.Kernel("none", f"{dtype} is not one of {ops.DTYPES}")
     if device.type == "cpu":
         return cpu.active_kernel()
     if device.type == "cuda":

@@ -8,17 +8,46 @@ from torch.nn import functional as F
 from . import ops
 
 
-def sparse_gemv(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def sparse_gemv(
+    z: torch.Tensor,
+    weight_t: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    weight_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The definition: y = z W^T + b in fp32 from the rows of weight_t whose input is not 0 throughout the batch."""
     active = (z != 0).flatten(0, -2).any(0) if z.dim() > 1 else z != 0
     y = z[..., active].float() @ weight_t[active].float()
+    y = y if weight_scale is None else y * weight_scale
     return (y if bias is None else y + bias.float()).to(z.dtype)
 
 
-def masked_linear(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def masked_linear(
+    z: torch.Tensor,
+    weight_t: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    weight_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The same values from the whole weight: no data-dependent shape, safe in CUDA graphs."""
-    ops.check(z, weight_t, bias)
+    ops.check(z, weight_t, bias, weight_scale)
+    if weight_scale is not None:
+        return blockwise(z, weight_t, bias, weight_scale)
     return F.linear(z, weight_t.t(), None if bias is None else bias.to(z.dtype))
+
+
+def blockwise(
+    z: torch.Tensor,
+    weight_t: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    weight_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same where torch has no fast product, or none at all: blocks of W^T are converted to fp32 on the way."""
+    y, wide = z.new_empty((*z.shape[:-1], weight_t.shape[1])), z.float()
+    for start in range(0, weight_t.shape[1], 1024):
+        block = slice(start, start + 1024)
+        part = wide @ weight_t[:, block].float()
+        part = part if weight_scale is None else part * weight_scale[block]
+        y[..., block] = part if bias is None else part + bias[block]
+    return y
 
 
 def score(x: torch.Tensor, column_scale: torch.Tensor | None) -> torch.Tensor:
@@ -51,9 +80,9 @@ def select(
     return z if gain is None else (z * gain).to(x.dtype)
 
 
-def threshold_gemv(x, weight_t, tau, column_scale=None, gain=None, bias=None, relative=0):
+def threshold_gemv(x, weight_t, tau, column_scale=None, gain=None, bias=None, relative=0, weight_scale=None):
     ops.check_threshold(x, tau, column_scale, gain)
-    return torch.ops.peft_spon.sparse_gemv(select(x, tau, column_scale, gain, relative), weight_t, bias)
+    return torch.ops.peft_spon.sparse_gemv(select(x, tau, column_scale, gain, relative), weight_t, bias, weight_scale)
 
 
 ops.LIBRARY.impl("sparse_gemv", masked_linear, "CompositeExplicitAutograd")

@@ -2,8 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // y = z W^T + b for a few rows z, most of whose entries are 0: rows of W^T (in, out) whose input is 0 in every row of z
-// are never read. fp32, bf16 and fp16, sums in fp32 in the order of the inputs, so that a result depends neither on the
-// number of threads nor on the other rows of the batch, and zeros skipped or multiplied give the same bits.
+// are never read. fp32, bf16 and fp16, and weights of 8 bits with a scale per output; sums in fp32 in the order of the
+// inputs, so that a result depends neither on the number of threads nor on the other rows of the batch, and zeros skipped
+// or multiplied give the same bits.
 //
 // Plain C, no headers of Python or torch: called through ctypes (cpu.py). Built by `cc -O3 -shared -fPIC`; no OpenMP is
 // linked: the caller hands over the entry points of the pool that torch itself uses.
@@ -24,8 +25,8 @@
 #define PASTE(a, b) PASTE_(a, b)
 #define NAME(name) PASTE(name, ISA)
 
-enum { F32, BF16, F16 };
-#define SIZE(type) ((type) == F32 ? 4 : 2)
+enum { F32, BF16, F16, I8 };  // I8: of weights only
+#define SIZE(type) ((type) == F32 ? 4 : (type) == I8 ? 1 : 2)
 
 enum { MAX_BATCH = 8 };    // rows that share one reading of the weights
 enum { COLUMNS = 16384 };  // fp32 sums of a thread at a time, of all rows together: 64 KB of its stack
@@ -35,11 +36,12 @@ enum { GRAIN = 1 << 17 };  // bytes of weights worth another thread
 enum { DONE, NEAR, NO_MEMORY };  // what the entry points return
 
 typedef struct {
-    int type;
+    int type, weight_type;  // of z and y; of the weights: the same, or I8
     long n_active, n_out, stride, batch;
     const int32_t *active;  // (n_active,)
     const float *values;    // (n_active, batch)
     const char *weight;
+    const float *weight_scale;  // (n_out,), of I8: W is weight * weight_scale
     const void *bias;
     int bias_type;
     char *y;  // (batch, n_out)
@@ -84,6 +86,7 @@ INLINE uint16_t to_half(float f) {
 
 INLINE float load_one(int type, const void *p, long i) {
     if (type == F32) return ((const float *)p)[i];
+    if (type == I8) return ((const int8_t *)p)[i];
     uint16_t bits = ((const uint16_t *)p)[i];
     return type == BF16 ? bits_to_float((uint32_t)bits << 16) : from_half(bits);
 }
@@ -113,6 +116,7 @@ typedef float V_portable;
 #define FMA(a, b, c) ((a) * (b) + (c))
 #define LOAD_BF16(p) load_one(BF16, p, 0)
 #define LOAD_F16(p) load_one(F16, p, 0)
+#define LOAD_I8(p) load_one(I8, p, 0)
 #define STORE_F16(p, v) store_one(F16, p, 0, v)
 #include "sparse_gemv.c"
 
@@ -132,6 +136,7 @@ typedef __m256 V_avx2;
 #define LOAD_BF16(p) \
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
 #define LOAD_F16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
+#define LOAD_I8(p) _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p))))
 #define STORE_F16(p, v) _mm_storeu_si128((__m128i *)(p), _mm256_cvtps_ph(v, 0))
 #include "sparse_gemv.c"
 
@@ -147,6 +152,7 @@ typedef __m512 V_avx512;
 #define LOAD_BF16(p) \
     _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
 #define LOAD_F16(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
+#define LOAD_I8(p) _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p))))
 #define STORE_F16(p, v) _mm256_storeu_si256((__m256i *)(p), _mm512_cvtps_ph(v, 0))
 #include "sparse_gemv.c"
 #endif
@@ -154,6 +160,12 @@ typedef __m512 V_avx512;
 #if defined(__aarch64__) && defined(__GNUC__)
 #define HAVE_NEON
 #include <arm_neon.h>
+
+INLINE float32x4_t four_bytes(const char *p) {
+    uint32_t bytes;  // of little-endian memory, as all that Linux and macOS run on
+    memcpy(&bytes, p, 4);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(bytes)))));
+}
 
 #define ISA neon
 #define TARGET
@@ -166,6 +178,7 @@ typedef float32x4_t V_neon;
 #define FMA(a, b, c) vfmaq_f32(c, a, b)
 #define LOAD_BF16(p) vreinterpretq_f32_u32(vshll_n_u16(vld1_u16((const uint16_t *)(p)), 16))
 #define LOAD_F16(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)(p))))
+#define LOAD_I8(p) four_bytes(p)
 #define STORE_F16(p, v) vst1_u16((uint16_t *)(p), vreinterpret_u16_f16(vcvt_f16_f32(v)))
 #include "sparse_gemv.c"
 #endif
@@ -264,8 +277,9 @@ typedef struct {
     const float *scale, *gain, *mean;
 } Threshold;
 
-static int run(const void *x, const void *weight, const void *bias, void *y, long rows, long n_in, long n_out,
-               long stride, int type, int bias_type, int dense, long threads, Threshold threshold) {
+static int run(const void *x, const void *weight, const float *weight_scale, const void *bias, void *y, long rows,
+               long n_in, long n_out, long stride, int type, int weight_type, int bias_type, int dense, long threads,
+               Threshold threshold) {
     if (!rows || !n_out) return DONE;
     long most = rows < MAX_BATCH ? rows : MAX_BATCH;
     // One element more: the branch-free compaction writes behind the last active input.
@@ -287,9 +301,9 @@ static int run(const void *x, const void *weight, const void *bias, void *y, lon
         if (status != DONE) break;
         long k = compact(z, n_in, batch, dense, active, values);
 
-        Product p = {type,   k,    n_out,     stride, batch, active, values, weight,
-                     bias, bias_type, (char *)y + row * n_out * SIZE(type), n_out, 1};
-        long worth = 1 + k * n_out * SIZE(type) / GRAIN;
+        Product p = {type,   weight_type,  k,    n_out,     stride, batch, active, values,
+                     weight, weight_scale, bias, bias_type, (char *)y + row * n_out * SIZE(type), n_out, 1};
+        long worth = 1 + k * n_out * SIZE(weight_type) / GRAIN;
         long use = parallel ? (threads < worth ? threads : worth) : 1;
         // Chunks are whole cache lines: a column is summed by the same instructions whatever the number of threads.
         p.chunk = ((n_out + use - 1) / use + 63) / 64 * 64;
@@ -304,21 +318,26 @@ static int run(const void *x, const void *weight, const void *bias, void *y, lon
 }
 
 // y = z W^T + b; x (rows, n_in), y (rows, n_out), weight (n_in, n_out) with `stride` elements from row to row; bias
-// (n_out,) or NULL; types 0 fp32, 1 bf16, 2 fp16. With `dense`, zeros are inputs like others.
-EXPORT int spon_gemv(const void *x, const void *weight, const void *bias, void *y, long rows, long n_in, long n_out,
-                     long stride, int type, int bias_type, int dense, long threads) {
+// (n_out,) or NULL; types 0 fp32, 1 bf16, 2 fp16. The weight's type is that of x, or 3, 8 bits: its columns are multiplied
+// by weight_scale (n_out,) then. With `dense`, zeros are inputs like others.
+EXPORT int spon_gemv(const void *x, const void *weight, const float *weight_scale, const void *bias, void *y, long rows,
+                     long n_in, long n_out, long stride, int type, int weight_type, int bias_type, int dense,
+                     long threads) {
     Threshold none = {0};
-    return run(x, weight, bias, y, rows, n_in, n_out, stride, type, bias_type, dense, threads, none);
+    return run(x, weight, weight_scale, bias, y, rows, n_in, n_out, stride, type, weight_type, bias_type, dense, threads,
+               none);
 }
 
 // y = (S(x) * gain) W^T + b, S keeping entries with score above tau[0]; scale, gain (n_in,) fp32 or NULL. `relative`
 // 1 or 2: scores are divided by their mean, or root mean square: mean (rows,), or NULL to have it computed here, when
 // NEAR may be returned and y is not written: an entry lies so near the threshold that the rounding of the mean decides.
-EXPORT int spon_threshold_gemv(const void *x, const void *weight, const void *bias, void *y, const float *tau,
-                               const float *scale, const float *gain, const float *mean, int relative, long rows,
-                               long n_in, long n_out, long stride, int type, int bias_type, long threads) {
+EXPORT int spon_threshold_gemv(const void *x, const void *weight, const float *weight_scale, const void *bias, void *y,
+                               const float *tau, const float *scale, const float *gain, const float *mean, int relative,
+                               long rows, long n_in, long n_out, long stride, int type, int weight_type, int bias_type,
+                               long threads) {
     Threshold threshold = {1, relative, *tau, scale, gain, mean};
-    return run(x, weight, bias, y, rows, n_in, n_out, stride, type, bias_type, 0, threads, threshold);
+    return run(x, weight, weight_scale, bias, y, rows, n_in, n_out, stride, type, weight_type, bias_type, 0, threads,
+               threshold);
 }
 
 // The sum of n floats, n < 2^31: how fast this machine reads memory, for benchmarks. Needs a pool.
@@ -347,7 +366,7 @@ EXPORT float spon_read(const float *p, long n, long threads) {
 #define V NAME(V)
 
 TARGET INLINE V NAME(load)(const int type, const char *p) {
-    return type == F32 ? LOAD((const float *)p) : type == BF16 ? LOAD_BF16(p) : LOAD_F16(p);
+    return type == F32 ? LOAD((const float *)p) : type == BF16 ? LOAD_BF16(p) : type == F16 ? LOAD_F16(p) : LOAD_I8(p);
 }
 
 TARGET static void NAME(convert)(int type, const void *x, float *z, long n) {
@@ -484,11 +503,13 @@ TARGET INLINE void NAME(add_batch)(const int type, const int R, const char *cons
     NAME(tail)(type, R, w, values, sums, j, n, batch);
 }
 
-// y = sums (batch, n) + bias, columns from `from` on.
+// y = sums (batch, n) * weight_scale + bias, columns from `from` on.
 TARGET static __attribute__((noinline)) void NAME(finish)(const Product *p, float *sums, long from, long n) {
     for (long i = 0; i < p->batch; i++, sums += n) {
         char *y = p->y + (i * p->n_out + from) * SIZE(p->type);
         long j = 0;
+        if (p->weight_scale)
+            for (long l = 0; l < n; l++) sums[l] *= p->weight_scale[from + l];
         if (p->bias)
             for (long l = 0; l < n; l++) sums[l] += load_one(p->bias_type, p->bias, from + l);
         if (p->type == F16)
@@ -525,9 +546,10 @@ TARGET INLINE void NAME(columns_)(const int type, const Product *p, long from, l
 }
 
 TARGET static void NAME(columns)(const Product *p, long from, long to) {
-    if (p->type == F32) NAME(columns_)(F32, p, from, to);
-    else if (p->type == BF16) NAME(columns_)(BF16, p, from, to);
-    else NAME(columns_)(F16, p, from, to);
+    if (p->weight_type == F32) NAME(columns_)(F32, p, from, to);
+    else if (p->weight_type == BF16) NAME(columns_)(BF16, p, from, to);
+    else if (p->weight_type == F16) NAME(columns_)(F16, p, from, to);
+    else NAME(columns_)(I8, p, from, to);
 }
 
 TARGET static float NAME(sum)(const float *p, long n) {
@@ -557,6 +579,7 @@ static const Kernels NAME(kernels) = {NAME(convert), NAME(threshold), NAME(colum
 #undef FMA
 #undef LOAD_BF16
 #undef LOAD_F16
+#undef LOAD_I8
 #undef STORE_F16
 
 #endif
