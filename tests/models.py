@@ -4,17 +4,21 @@
 
 import json
 
+import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
-from peft_spon import calibrate
+from peft_spon import calibrate, kernels
 
 
 VOCAB = 97
 SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+compiled = pytest.mark.skipif(
+    not kernels.active_kernel().name.startswith("c-"), reason=f"no C kernel: {kernels.active_kernel().origin}"
+)
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from hub_server import FakeHub
-from models import MODELS, VOCAB, logits, word_tokenizer
+from models import MODELS, VOCAB, compiled, logits, word_tokenizer
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -715,6 +715,13 @@ def test_bench_measures_dense_against_prepared(result, model):
     assert found["realised_sparsity"] == pytest.approx(0.5, abs=0.2)
     assert found["times_as_fast"] == pytest.approx(found["dense"]["token"] / found["sparse"]["token"])
     assert min(found[name]["tokens_per_second"] for name in ("dense", "sparse")) > 0
+
+
+@pytest.mark.slow
+@compiled
+def test_bench_with_weights_of_8_bits(result):
+    found = result("bench", "--model", "adapter", "--rounds", "1", "--new-tokens", "4", "--int8")
+    assert (found["prepared"], found["int8"]) == (14, True)
 
 
 def test_the_page_that_a_card_links_is_pushed_with_it(result, tmp_path):

@@ -8,9 +8,9 @@ import math
 
 import pytest
 import torch
-from models import inputs, logits
+from models import compiled, inputs, logits
 from test_decode import CHANGES, KINDS, adapter_model, calls, model_of, step_differences, tokens  # noqa: F401
-from test_kernels import DTYPES, LIMIT, compiled, exact, reload  # noqa: F401
+from test_kernels import DTYPES, LIMIT, exact, reload  # noqa: F401
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,7 +20,6 @@ from peft_spon.kernels import cpu, reference
 from peft_spon.sites import sites
 
 
-needs_c = compiled
 products = pytest.mark.parametrize(
     "product",
     [
@@ -190,7 +189,7 @@ def test_a_copy_knows_whether_it_is_of_the_layer():
 # ---- prepared models ---------------------------------------------------------------------------------------------
 
 
-@needs_c
+@compiled
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("criterion", ["magnitude", "weighted", "topk"])
 def test_layers_compute_with_rounded_weights(criterion, kind, calls):  # noqa: F811
@@ -205,7 +204,7 @@ def test_layers_compute_with_rounded_weights(criterion, kind, calls):  # noqa: F
     assert 1e-3 < step_differences(model, prepared) < 3e-2
 
 
-@needs_c
+@compiled
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_generate_and_the_way_back(family, kind, calls):  # noqa: F811
@@ -222,7 +221,7 @@ def test_generate_and_the_way_back(family, kind, calls):  # noqa: F811
     assert all(site._int8 is None for site in sites(model).values())
 
 
-@needs_c
+@compiled
 @pytest.mark.parametrize("kind", KINDS)
 def test_off_is_the_dense_model_with_its_own_weights(kind):
     model = model_of(kind)
@@ -237,7 +236,7 @@ def test_off_is_the_dense_model_with_its_own_weights(kind):
             assert torch.equal(logits(model, "llama"), wanted)
 
 
-@needs_c
+@compiled
 def test_anchors_in_front_of_w():
     model = adapter_model(anchor_space="input")
     prepared = copy.deepcopy(model)
@@ -246,7 +245,7 @@ def test_anchors_in_front_of_w():
         assert step_differences(rounded(model), prepared, rows) < 2e-6
 
 
-@needs_c
+@compiled
 @pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_after_it_are_followed(change, calls):  # noqa: F811
@@ -268,7 +267,7 @@ def test_changes_after_it_are_followed(change, calls):  # noqa: F811
     assert bool(calls) == (change != "off")
 
 
-@needs_c
+@compiled
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 def test_one_preparation_follows_another(kind):
     model = model_of(kind)
@@ -287,7 +286,7 @@ def test_one_preparation_follows_another(kind):
     restore_from_decode(model)
 
 
-@needs_c
+@compiled
 def test_files_do_not_differ(tmp_path):
     model = model_of("merged")
     wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -298,7 +297,7 @@ def test_files_do_not_differ(tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
-@needs_c
+@compiled
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_dtypes(dtype, calls):  # noqa: F811
     model = model_of("merged").to(dtype)
@@ -315,7 +314,7 @@ def test_narrow_dtypes(dtype, calls):  # noqa: F811
         assert (got - wanted).norm() <= 1.01 * (wanted.to(dtype) - wanted).norm()
 
 
-@needs_c
+@compiled
 def test_an_evaluation_sees_the_rounding():
     """Against the dense model with its own weights, so that a sparsity of 0 shows what 8 bits alone cost."""
     model = adapter_model()
@@ -327,7 +326,7 @@ def test_an_evaluation_sees_the_rounding():
     assert 1e-9 < measure().sparse.kl < 1e-3
 
 
-@needs_c
+@compiled
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 def test_compiled(kind):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import compiled
 from torch.nn import functional as F
 
 from peft_spon import kernels
@@ -25,9 +26,6 @@ LIMIT = {torch.float32: 2e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
 NAN, INF = float("nan"), float("inf")
 # A compiler that writes its output slowly, in two parts; $6 is the output of `cc -O3 -shared -fPIC source -o output`.
 SLOW_COMPILER = 'sh -c \'printf half > "$5"; sleep 0.3; printf whole > "$5"\''
-compiled = pytest.mark.skipif(
-    not kernels.active_kernel().name.startswith("c-"), reason=f"no C kernel: {kernels.active_kernel().origin}"
-)
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 products = pytest.mark.parametrize("product", [pytest.param(cpu.sparse_gemv, marks=compiled), cpu.bag])
 

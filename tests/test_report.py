@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from models import GENERATE, MODELS, VOCAB, calibrated, word_tokenizer
+from models import GENERATE, MODELS, VOCAB, calibrated, compiled, word_tokenizer
 from peft import get_peft_model
 
 from peft_spon import SponConfig, dense_mode, evaluate, every_token_sparse, prepare_for_decode, without_anchors
@@ -201,18 +201,19 @@ def test_rows_are_the_real_tokens_of_one_length():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("prepared", [None, "as they are", pytest.param("int8", marks=compiled)])
 def test_the_model_is_left_as_it_was(prepared):
     model = adapter(prefill="dense")
     if prepared:
-        prepare_for_decode(model)
+        prepare_for_decode(model, torch.int8 if prepared == "int8" else None)
     else:
         model.base_model.model.model.layers[0].train()
     modes = {name: module.training for name, module in model.named_modules()}
     before = {name: layer.is_prepared for name, layer in sites(model).items()}
     with torch.no_grad():
         logits = model(input_ids=batches()[0]).logits
-    measured(model, speed=True, tokenizer=word_tokenizer(), samples=1)
+    report = measured(model, speed=True, tokenizer=word_tokenizer(), samples=1)
+    assert report["speed"]["int8"] is (prepared == "int8")
     assert before == {name: layer.is_prepared for name, layer in sites(model).items()}
     assert modes == {name: module.training for name, module in model.named_modules()}
     with torch.no_grad():

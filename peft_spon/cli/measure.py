@@ -305,6 +305,7 @@ def bench(
     prompt_tokens: int = 16,
     new_tokens: int = 32,
     rounds: int = 5,
+    int8: bool = False,
     threads: int | None = None,
     dtype: Dtype = "checkpoint",
     device: str = "auto",
@@ -315,7 +316,7 @@ def bench(
 
     Examples:
         peft-spon bench --model ADAPTER
-        peft-spon bench --model meta-llama/Llama-3.2-1B --sparsity 0.6 --threads 2 --json
+        peft-spon bench --model meta-llama/Llama-3.2-1B --sparsity 0.6 --int8 --threads 2 --json
 
     Args:
         model: folder or Hub name of a dense model, an adapter or a merged model.
@@ -325,6 +326,7 @@ def bench(
         prompt_tokens: tokens of the prompts, which are random.
         new_tokens: tokens to generate in a turn.
         rounds: turns of each model.
+        int8: the sparse layers read copies of their weights in 8 bits (on CPUs).
         threads: threads of a CPU. Default torch's own choice.
         dtype: of the models.
         device: where to compute; auto is the accelerator, if there is one.
@@ -348,7 +350,7 @@ def bench(
             calibration.calibrate(sparse, [{"input_ids": said}], progress=False)
     elif sparsity is not None:
         set_dial(sparse, sparsity)
-    summary = sparse.prepare_for_decode()
+    summary = sparse.prepare_for_decode(torch.int8 if int8 else None)
     print(summary)
     realised = decode_sparsity(sparse, prompts)
     speeds = measure_speed({"dense": lambda: dense, "sparse": lambda: sparse}, prompts, new_tokens, rounds)
@@ -365,6 +367,7 @@ def bench(
         **{name: {**vars(speed), "tokens_per_second": rows / speed.token} for name, speed in speeds.items()},
         "prepared": len(summary.prepared),
         "left": summary.left,
+        "int8": int8,
         "threads": torch.get_num_threads(),
         "environment": environment(),
     }

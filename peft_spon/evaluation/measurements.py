@@ -270,6 +270,7 @@ def decoding_speed(model: nn.Module, ids: torch.Tensor) -> dict[str, Any]:
         "layers": len(summary.prepared) + len(summary.left),
         "left": dict(Counter(summary.left.values())),
         "kernels": {device: kernel.name for device, kernel in summary.kernels.items()},
+        "int8": summary.weight_dtype is torch.int8,
         "prompt_tokens": ids.shape[1],
         "new_tokens": SPEED_TOKENS,
         "rounds": SPEED_ROUNDS,

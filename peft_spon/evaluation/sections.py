@@ -244,6 +244,7 @@ def speed(report: dict[str, Any]) -> dict[str, Any] | None:
         for way, name in (("dense", "dense"), ("prepared", "prepared"))
     ]  # fmt: skip
     kernels = ", ".join(f"{device}: {name}" for device, name in timed["kernels"].items()) or "no sparse kernel"
+    kernels += ", copies of the weights in 8 bits" if timed.get("int8") else ""
     left = "".join(f" {count} as before: {reason}." for reason, count in timed["left"].items())
     return section(
         "Speed",
