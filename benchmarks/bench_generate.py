@@ -33,7 +33,6 @@ from peft import PeftModel, get_peft_model
 
 from peft_spon import SponConfig, calibrate, kernels
 from peft_spon.evaluation.speed import Speed, measure_speed
-from peft_spon.int8 import Int8Weight
 from peft_spon.sites import resolve_sites, sites
 from peft_spon.statistics import Zeros
 from peft_spon.transposed import transpose_weight
@@ -120,7 +119,9 @@ def own_dense(base: tf.PreTrainedModel, model: PeftModel) -> tf.PreTrainedModel:
     for name, site in sites(model).items():
         layer = dense.get_submodule(name)
         if site.decode_dtype == torch.int8:
-            layer.forward = functools.partial(Int8Weight(layer), bias=layer.bias)
+            read = site.int8_weight()
+            tensors = {"weight_t": read.weight_t, "weight_scale": read.weight_scale, "bias": layer.bias}
+            layer.forward = functools.partial(kernels.int8_linear, sparsity=0.0, **tensors)
         else:
             layer.weight = site.plain_layer().weight
             transpose_weight(layer, lambda plain: plain)

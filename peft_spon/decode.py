@@ -38,7 +38,7 @@ class DecodeSummary:
             f"{len(self.prepared)} of {len(self.prepared) + len(self.left)} sparse layers skip weights in decoding"
         ]
         lines += [f"  {device}: {kernel.name} ({kernel.origin})" for device, kernel in self.kernels.items()]
-        if self.prepared and self.weight_dtype is not None:
+        if self.weight_dtype is not None:
             lines.append("  and read copies of them in 8 bits; the weights themselves stay")
         lines += [f"  {count} as before: {reason}" for reason, count in Counter(self.left.values()).items()]
         return "\n".join(lines)
@@ -50,8 +50,9 @@ def prepare_for_decode(model: nn.Module, weight_dtype: torch.dtype | None = None
 
     For adapters in use, merged models and merged folders. `generate` then uses the sparse kernel for inputs of one or
     a few tokens and one dense product for longer ones; the function that the model computes stays the same, up to the
-    order of sums. Each weight is laid out in place: at most one exists twice meanwhile. The model is set to
-    evaluation mode. Training mode, merging and [`restore_from_decode`] undo it; saved files do not differ.
+    order of sums (and, with `weight_dtype`, the rounding of weights). Each weight is laid out in place: at most one
+    exists twice meanwhile. The model is set to evaluation mode. Training mode, merging and [`restore_from_decode`]
+    undo it; saved files do not differ.
 
     Args:
         model (`nn.Module`): a model with SPON adapters, or a merged one.
@@ -73,22 +74,25 @@ def prepare_for_decode(model: nn.Module, weight_dtype: torch.dtype | None = None
     model.eval()
     prepared, left, kernels = [], {}, {}
     for name, site in found.items():
-        if site.decode_dtype is not weight_dtype:
-            site.restore_decode()
-        if (reason := why_not(site, counts, weight_dtype)) is not None:
+        reason = why_not(site, counts)
+        if reason is None and weight_dtype is not None:
+            reason = why_no_copy(site)
+        if reason is not None:
             left[name] = reason
             continue
+        if site.decode_dtype is not weight_dtype:
+            site.restore_decode()
         weight = site.plain_layer().weight
         kernels[str(weight.device)] = active_kernel(weight.device, weight.dtype)
         site.prepare_decode(weight_dtype)
         prepared.append(name)
-    summary = DecodeSummary(prepared, left, kernels, weight_dtype)
+    summary = DecodeSummary(prepared, left, kernels, weight_dtype if prepared else None)
     if left:
         warnings.warn(f"prepare_for_decode: {summary}", stacklevel=2)
     return summary
 
 
-def why_not(site: Site, counts: Counter, weight_dtype: torch.dtype | None) -> str | None:
+def why_not(site: Site, counts: Counter) -> str | None:
     """Why a layer cannot skip weights, or None. `counts`: how often each parameter, by its id, is in the model."""
     layer = site.plain_layer()
     if site.is_prepared:
@@ -108,9 +112,18 @@ def why_not(site: Site, counts: Counter, weight_dtype: torch.dtype | None) -> st
     kernel = active_kernel(layer.weight.device, layer.weight.dtype)
     if kernel.name in ("none", "torch"):
         return kernel.origin
-    if weight_dtype is not None and not kernel.name.startswith("c-"):
+    return None
+
+
+def why_no_copy(site: Site) -> str | None:
+    """Why a layer that can skip weights cannot read a copy of them in 8 bits, or None."""
+    weight = site.plain_layer().weight
+    kernel = active_kernel(weight.device, weight.dtype)
+    if not kernel.name.startswith("c-"):
         return f"only the C kernel of CPUs reads weights of 8 bits, and here is {kernel.name} ({kernel.origin})"
-    if weight_dtype is not None and not layer.weight.isfinite().all():
+    if isinstance(site, SponLayer) and not site.is_w_alone():
+        return "a LoRA beneath is not merged, and is computed beside the layer's own weights"
+    if not weight.isfinite().all():
         return "some of its weights are not finite, and have no copy in 8 bits"
     return None
 

@@ -39,7 +39,7 @@ class Decoder:
     Args:
         running ([`Running`]): what they are for.
         core (`nn.Module`): the layer that holds W.
-        read (`nn.Module` or [`Int8Weight`]): what has W^T: the transposed layer itself, or its copy in 8 bits.
+        int8 ([`Int8Weight`], *optional*): the copy of W that is read; None: the layer's own weight, transposed.
         scale (`torch.Tensor`, *optional*): 1 + gain, fp32, (in,).
         bias (`torch.Tensor`, *optional*): b', fp32, (out,).
         around (`Callable`, *optional*): x to W x + b with what is around W, such as a LoRA that is not merged; the
@@ -52,7 +52,7 @@ class Decoder:
         self,
         running: Running,
         core: nn.Module,
-        read: nn.Module | Int8Weight,
+        int8: Int8Weight | None,
         scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         around: Callable[[torch.Tensor], torch.Tensor] | None,
@@ -62,9 +62,11 @@ class Decoder:
         sparsifier = running.sparsifier
         self.running, self.around, self.state = running, around, state
         self.scale, self.bias = scale, bias
-        self.weight, self.weight_t, self.weight_scale = core.weight, read.weight_t.detach(), read.weight_scale
+        self.weight, self.weight_scale = core.weight, None if int8 is None else int8.weight_scale
         self.device, self.dtype, self.address = core.weight.device, core.weight.dtype, core.weight.data_ptr()
-        read.zeros = sparsifier.zeroed_share
+        if around is None:
+            self.weight_t = core.weight_t.detach() if int8 is None else int8.weight_t
+        (int8 or core).zeros = sparsifier.zeroed_share
         make_ready(self.device)
         self.n_in, self.fused = sparsifier.n_in, None
         is_served = self.dtype in DTYPES and sparsifier.sparsity > 0
@@ -102,19 +104,21 @@ class Decoder:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """y, shape (..., out), of x (..., in)."""
-        return self.general(x, self, self.state) if self.fused is None else self.fused(x)
+        return self.general(x, self.state) if self.fused is None else self.fused(x)
 
-    def general(self, x: torch.Tensor, read: Any, state: State) -> torch.Tensor:
-        """The same with W^T of `read` and this state: torch.compile is shown those of now, not those of then."""
-        sparsifier, weights = self.running.sparsifier, {"bias": self.bias, "weight_scale": read.weight_scale}
+    def general(self, x: torch.Tensor, state: State, weight_t: torch.Tensor | None = None) -> torch.Tensor:
+        """The same with this state and W^T: torch.compile is shown those of now, not those of then."""
+        sparsifier, others = self.running.sparsifier, {"bias": self.bias, "weight_scale": self.weight_scale}
+        if self.around is None and weight_t is None:
+            weight_t = self.weight_t
         if self.fused is not None:
             scores = sparsifier.criterion.threshold_gemv(state)
-            return threshold_gemv(x, read.weight_t, state["threshold"], gain=self.scale, **weights, **scores)
+            return threshold_gemv(x, weight_t, state["threshold"], gain=self.scale, **others, **scores)
         z = sparsifier(x, state)
         if self.scale is not None:
             z = z * self.scale.to(z.dtype)
         if self.around is None:
-            return sparse_gemv(z, read.weight_t, **weights)
+            return sparse_gemv(z, weight_t, **others)
         y = self.around(z)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -151,6 +155,7 @@ class Decoding:
         if (
             torch.is_grad_enabled()
             or torch.is_autocast_enabled(x.device.type)
+            or torch.jit.is_tracing()
             or (running := self.running_now()) is None
         ):
             return None
@@ -165,25 +170,30 @@ class Decoding:
         if not decoder.serves(x) or self.first_sparse_token(x, first) != 0:
             return None
         if is_compiling:
-            return decoder.general(x, self.what_is_read(), self.sparsifier_state(first))
+            weight_t = self.plain_layer().weight_t if self.decode_dtype is None else None
+            return decoder.general(x, self.sparsifier_state(first), weight_t)
         return decoder(x)
 
-    def what_is_read(self) -> nn.Module | Int8Weight | None:
-        """What has W^T, made anew where W has changed; None: a copy in 8 bits that torch.compile cannot make."""
-        core = self.plain_layer()
-        if self.decode_dtype is None:
-            return core
-        if not torch.compiler.is_compiling():
-            merged = self.merged_into_weight()
+    def int8_weight(self) -> Int8Weight | None:
+        """The copy of W in 8 bits, where the layer is prepared so, made anew where W has changed.
+
+        torch.compile sees the copy that is there (None after W was merged into or the layer was copied).
+        """
+        if self.decode_dtype is not None and not torch.compiler.is_compiling():
+            core, merged = self.plain_layer(), self.merged_into_weight()
             if self._int8 is None or not self._int8.is_of(core, merged):
                 self._int8 = Int8Weight(core, merged)
         return self._int8
 
     def int8_linear(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """W x + b of the copy in 8 bits, for any number of rows, where the layer is prepared so."""
-        if self.decode_dtype is None or (read := self.what_is_read()) is None or x.device != read.weight_t.device:
+        """W x + b with that copy; None: not prepared so, or what only the layer itself can do."""
+        weight = self.plain_layer().weight
+        wants_gradient = torch.is_grad_enabled() and weight.requires_grad
+        fits = x.dtype == weight.dtype and x.device == weight.device
+        if self.decode_dtype is None or wants_gradient or not fits or torch.is_autocast_enabled(x.device.type):
             return None
-        return partial(read, bias=self.plain_layer().bias)
+        int8 = self.int8_weight()
+        return None if int8 is None else partial(int8, bias=self.plain_layer().bias)
 
     def prepare_decode(self, weight_dtype: torch.dtype | None = None) -> None:
         """Lay the weight out for decoding, or copy it in 8 bits, and make the constants."""

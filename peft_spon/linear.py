@@ -66,18 +66,18 @@ class SponLinear(Decoding, nn.Module, SponLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
-        linear = self._linear(x, *args, **kwargs)
         if self._merged is not None:
             first, repair = self._merged.first, self._merged.repair
             if self._merged.in_bias:
                 repair = replace(repair, shift=None)
-            return self._sparse_forward(x, linear, first, repair)
+            return self._sparse_forward(x, self._linear(x, *args, **kwargs), first, repair)
         active = [name for name in self.active_adapters if name in self.spon_settings]
         if not active:
-            return linear(x)
+            return self.base_layer(x, *args, **kwargs)
         if not torch.compiler.is_compiling():
             self.adapters_run.update(active)
-        return self._sparse_forward(x, linear, active[0], self.repair(active if self._anchors_enabled else []))
+        repair = self.repair(active if self._anchors_enabled else [])
+        return self._sparse_forward(x, self._linear(x, *args, **kwargs), active[0], repair)
 
     def _sparse_forward(self, x: torch.Tensor, linear: Callable, first: str, repair: Repair) -> torch.Tensor:
         """S and `prefill` of the adapter `first`, and a repair."""
@@ -88,12 +88,12 @@ class SponLinear(Decoding, nn.Module, SponLayer):
         """What S(x) goes into: W and b, with the LoRA that is around them."""
         if args or kwargs:
             return partial(self.base_layer, *args, **kwargs)
-        return (None if self._is_lora_around() else self.int8_linear(x)) or self.base_layer
+        return (self.int8_linear(x) if self.is_w_alone() else None) or self.base_layer
 
-    def _is_lora_around(self) -> bool:
-        """Whether a LoRA is computed beside W."""
+    def is_w_alone(self) -> bool:
+        """Whether W is all that S(x) goes through: no LoRA is computed beside it, or will be taken out of it first."""
         base = self.base_layer
-        return base is not self.plain_layer() and not base.merged and not base.disable_adapters
+        return base is self.plain_layer() or base.merged != base.disable_adapters
 
     def merged_into_weight(self) -> tuple[str, ...]:
         """Of a LoRA beneath."""
@@ -121,11 +121,12 @@ class SponLinear(Decoding, nn.Module, SponLayer):
     def make_decoder(self, running: Running) -> Decoder:
         """The constants of a decode step: a LoRA beneath stays around W, unless it is merged or off."""
         self.adapters_run.update(running.names)
-        base, core, is_around = self.base_layer, self.plain_layer(), self._is_lora_around()
+        base, core = self.base_layer, self.plain_layer()
+        is_around = base is not core and not base.merged and not base.disable_adapters
         repair = self.repair(running.names) if self._merged is None else self._merged.repair
-        read, inner = self.what_is_read(), repair.inner
-        if inner is not None and self.decode_dtype is not None and not is_around:
-            inner = read(inner, None)
+        int8, inner = None if is_around else self.int8_weight(), repair.inner
+        if inner is not None and int8 is not None:
+            inner = int8(inner, None)
         elif inner is not None:
             inner = through_weight(base if is_around else core, inner)
         shift = None if self._merged is not None and self._merged.in_bias else repair.shift
@@ -133,7 +134,7 @@ class SponLinear(Decoding, nn.Module, SponLayer):
         around = base if is_around else None
         made_of = [module for module in self.modules() if module is not self]
         state = self.sparsifier_state(running.names[0])
-        return Decoder(running, core, read, repair.scale, bias, around, state, made_of)
+        return Decoder(running, core, int8, repair.scale, bias, around, state, made_of)
 
     def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str]) -> None:
         """Raises `ValueError` as LoRA's layers do: not one name per row, or merged adapters."""
@@ -178,6 +179,7 @@ class SponLinear(Decoding, nn.Module, SponLayer):
             return
         names = [*self.merged_adapters, *new]
         before = list(self.merged_adapters)
+        self._int8 = None  # a LoRA beneath is merged along, and W does not tell
         self.unmerge()
         try:
             repair = self.merged_repair(names, safe_merge)
@@ -208,6 +210,7 @@ class SponLinear(Decoding, nn.Module, SponLayer):
 
     def unmerge(self) -> None:
         """Undo `merge`: the bias is again the very tensor it was, or None."""
+        self._int8 = None
         if self._merged is not None and self._merged.in_bias:
             self.base_layer.bias = self._merged.original_bias
         self._merged = None

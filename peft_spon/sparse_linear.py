@@ -171,8 +171,8 @@ class SparseMixin(Decoding):
     def make_decoder(self, running: Running) -> Decoder:
         """The constants of a decode step."""
         bias = constant_bias(self.bias, self.spon_shift)
-        read, scale = self.what_is_read(), self.spon_input_scale
-        return Decoder(running, self, read, scale, bias, None, self.sparsifier_state(), [self])
+        int8, scale = self.int8_weight(), self.spon_input_scale
+        return Decoder(running, self, int8, scale, bias, None, self.sparsifier_state(), [self])
 
     def own_tensors(self) -> dict[str, torch.Tensor]:
         """What SPON has beside the weight."""

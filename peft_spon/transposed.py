@@ -18,10 +18,9 @@ class TransposedLinear(nn.Linear):
     Attributes:
         zeros (`float`): share of zeros that an input is expected to have; by it and the number of rows the product is
             chosen.
-        weight_scale: None; see [`Int8Weight`].
     """
 
-    zeros, weight_scale = 0.0, None
+    zeros = 0.0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return sparse_linear(x, self.weight, self.bias, self.zeros)
@@ -35,7 +34,7 @@ class TransposedLinear(nn.Linear):
 class TransposedConv1D(Conv1D):
     """transformers' Conv1D, whose weight is W^T already; the same attributes."""
 
-    zeros, weight_scale = 0.0, None
+    zeros = 0.0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return sparse_linear(x, self.weight.t(), self.bias, self.zeros)

@@ -522,6 +522,18 @@ def test_compiled(kind):
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_traced(kind):
+    """`torch.jit.trace` sees none of what the kernel does with addresses."""
+    model = model_of(kind).requires_grad_(False)
+    layer, x = sites(model)["model.layers.0.mlp.up_proj"], torch.randn(1, 1, 32)
+    with torch.no_grad():
+        wanted = layer(x)
+        model.prepare_for_decode()
+        traced = torch.jit.trace(lambda x: layer(x), (torch.randn(1, 1, 32),), check_trace=False)
+        assert torch.allclose(traced(x), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
 def test_static_cache(kind, calls):
     model = model_of(kind)
     static = partial(tokens, cache_implementation="static", disable_compile=True)

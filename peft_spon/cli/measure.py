@@ -367,7 +367,7 @@ def bench(
         **{name: {**vars(speed), "tokens_per_second": rows / speed.token} for name, speed in speeds.items()},
         "prepared": len(summary.prepared),
         "left": summary.left,
-        "int8": int8,
+        "int8": summary.weight_dtype is torch.int8,
         "threads": torch.get_num_threads(),
         "environment": environment(),
     }

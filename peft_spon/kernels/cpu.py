@@ -146,15 +146,19 @@ def _product(
 def sparse_gemv(z, weight_t, bias=None, weight_scale=None) -> torch.Tensor:
     library, _ = _load()
     if library is None:
-        return bag(z, weight_t, bias, weight_scale)
+        return bag(z, weight_t, bias) if weight_scale is None else _int8(z, weight_t, bias, weight_scale)
     return _product(library, z, weight_t, bias, weight_scale, dense=False)
 
 
 def dense_gemv(z, weight_t, bias=None, weight_scale=None) -> torch.Tensor:
     library, _ = _load()
     if library is None:
-        return linear(z, weight_t, bias, weight_scale)
+        return linear(z, weight_t, bias) if weight_scale is None else _int8(z, weight_t, bias, weight_scale)
     return _product(library, z, weight_t, bias, weight_scale, dense=True)
+
+
+# Without the library weights of 8 bits are right, and slow.
+_int8 = reference.masked_linear
 
 
 def threshold_gemv(x, weight_t, tau, column_scale=None, gain=None, bias=None, relative=0, weight_scale=None):
@@ -170,7 +174,9 @@ def bind_threshold_gemv(
     ops.check_relative(relative)
     library, _ = _load()
     if library is None:
-        return lambda x: bag(reference.select(x, tau, column_scale, gain, relative), weight_t, bias, weight_scale)
+        return lambda x: sparse_gemv(
+            reference.select(x, tau, column_scale, gain, relative), weight_t, bias, weight_scale
+        )
     n_in, n_out = weight_t.shape
     bias = _readable(bias)
     function, threads = library.threshold_gemv, torch.get_num_threads
@@ -196,14 +202,12 @@ def bind_threshold_gemv(
     return product
 
 
-def bag(z, weight_t, bias=None, weight_scale=None) -> torch.Tensor:
+def bag(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """sparse_gemv in plain torch: each row of z is a bag of rows of weight_t, in as many column blocks as threads.
 
     `embedding_bag` shares bags between threads, never columns: the weight is seen as (in * blocks, out / blocks).
     """
-    ops.check(z, weight_t, bias, weight_scale)
-    if weight_scale is not None:  # which `embedding_bag` does not know
-        return reference.sparse_gemv(z, weight_t, bias, weight_scale)
+    ops.check(z, weight_t, bias)
     n_in, n_out = weight_t.shape
     rows = z.flatten(0, -2) if z.dim() > 1 else z[None]
     if len(rows) == 1:
@@ -230,10 +234,10 @@ def bag(z, weight_t, bias=None, weight_scale=None) -> torch.Tensor:
     return y if bias is None else (y + bias).to(z.dtype)
 
 
-def linear(z, weight_t, bias=None, weight_scale=None) -> torch.Tensor:
+def linear(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """z W^T + b for many rows."""
-    if z.dtype not in SLOW_DTYPES or weight_scale is not None:
-        return reference.masked_linear(z, weight_t, bias, weight_scale)
+    if z.dtype not in SLOW_DTYPES:
+        return reference.masked_linear(z, weight_t, bias)
     ops.check(z, weight_t, bias)
     return reference.blockwise(z, weight_t, bias)
 

@@ -133,11 +133,7 @@ def skips(rows: int, sparsity: float) -> bool:
 
 
 def sparse_linear(
-    z: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    sparsity: float = 0.5,
-    weight_scale: torch.Tensor | None = None,
+    z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, sparsity: float = 0.5
 ) -> torch.Tensor:
     """F.linear(z, weight, bias) by the product that is fastest for this number of rows.
 
@@ -146,31 +142,48 @@ def sparse_linear(
 
     Args:
         z (`torch.Tensor`): inputs already zeroed by S, (..., in).
-        weight (`torch.Tensor`): (out, in), strides (1, out), dtype of z, or int8.
+        weight (`torch.Tensor`): (out, in), strides (1, out).
         bias (`torch.Tensor`, *optional*): (out,).
         sparsity (`float`, *optional*, defaults to 0.5): share of zeros to be expected in a row of z.
-        weight_scale (`torch.Tensor`, *optional*): of int8, fp32, (out,): W is `weight * weight_scale[:, None]`.
     """
     rows = z.numel() // z.shape[-1] if z.shape[-1] else 0
-    fits = z.dtype == weight.dtype or weight_scale is not None
-    is_autocast = torch.is_autocast_enabled(z.device.type)
-    is_ours = fits and z.dtype in ops.DTYPES and not is_autocast
+    is_ours = z.dtype == weight.dtype and z.dtype in ops.DTYPES and not torch.is_autocast_enabled(z.device.type)
     stored_transposed = is_ours and weight.stride(0) == 1
     differentiates = torch.is_grad_enabled() and (
         z.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     if stored_transposed and not differentiates:
         if skips(rows, sparsity):
-            return sparse_gemv(z, weight.t(), bias, weight_scale)
+            return sparse_gemv(z, weight.t(), bias)
         if z.is_cpu and rows <= MOST_ROWS:
-            return dense_gemv(z, weight.t(), bias, weight_scale)
-    if weight_scale is not None and is_autocast:
-        weight = weight * weight_scale[:, None]
-    elif weight_scale is not None:
-        return reference.blockwise(z, weight.t(), bias, weight_scale)
+            return dense_gemv(z, weight.t(), bias)
     if stored_transposed and z.is_cpu:
         return cpu.linear(z, weight.t(), bias)
     return F.linear(z, weight, None if bias is None else bias.to(z.dtype))
+
+
+def int8_linear(
+    z: torch.Tensor,
+    weight_t: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    sparsity: float = 0.5,
+) -> torch.Tensor:
+    """F.linear(z, (weight_t * weight_scale).t(), bias) for any number of rows: by the kernel for up to eight on a CPU,
+    else, and where gradients are wanted, by fp32 products of blocks of the weight.
+
+    Args:
+        z (`torch.Tensor`): inputs already zeroed by S, (..., in), fp32, bf16 or fp16.
+        weight_t (`torch.Tensor`): int8, (in, out), rows contiguous.
+        weight_scale (`torch.Tensor`): fp32, (out,).
+        bias (`torch.Tensor`, *optional*): (out,).
+        sparsity (`float`, *optional*, defaults to 0.5): share of zeros to be expected in a row of z.
+    """
+    rows = z.numel() // z.shape[-1] if z.shape[-1] else 0
+    if z.is_cpu and rows <= MOST_ROWS and not (torch.is_grad_enabled() and z.requires_grad):
+        product = sparse_gemv if skips(rows, sparsity) else dense_gemv
+        return product(z, weight_t, bias, weight_scale)
+    return reference.blockwise(z, weight_t, bias, weight_scale)
 
 
 def make_ready(device: torch.device) -> None:
