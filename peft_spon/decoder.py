@@ -187,10 +187,10 @@ class Decoding:
 
     def int8_linear(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """W x + b with that copy; None: not prepared so, or what only the layer itself can do."""
+        if self.decode_dtype is None or torch.is_autocast_enabled(x.device.type):
+            return None
         weight = self.plain_layer().weight
-        wants_gradient = torch.is_grad_enabled() and weight.requires_grad
-        fits = x.dtype == weight.dtype and x.device == weight.device
-        if self.decode_dtype is None or wants_gradient or not fits or torch.is_autocast_enabled(x.device.type):
+        if (torch.is_grad_enabled() and weight.requires_grad) or x.dtype != weight.dtype or x.device != weight.device:
             return None
         int8 = self.int8_weight()
         return None if int8 is None else partial(int8, bias=self.plain_layer().bias)
