@@ -113,6 +113,8 @@ class SponLinear(Decoding, nn.Module, SponLayer):
             return None
         base, beneath = self.base_layer, ()
         if isinstance(base, BaseTunerLayer):
+            if base.merged and base.disable_adapters:
+                return None  # its next forward takes it out of W
             scaling = tuple(vars(base).get("scaling", {}).items())
             beneath = self.merged_into_weight(), base.disable_adapters, tuple(base.active_adapters), scaling
         return Running(names, merged, beneath, settings[names[0]].sparsifier)
@@ -121,8 +123,7 @@ class SponLinear(Decoding, nn.Module, SponLayer):
     def make_decoder(self, running: Running) -> Decoder:
         """The constants of a decode step: a LoRA beneath stays around W, unless it is merged or off."""
         self.adapters_run.update(running.names)
-        base, core = self.base_layer, self.plain_layer()
-        is_around = base is not core and not base.merged and not base.disable_adapters
+        base, core, is_around = self.base_layer, self.plain_layer(), not self.is_w_alone()
         repair = self.repair(running.names) if self._merged is None else self._merged.repair
         int8, inner = None if is_around else self.int8_weight(), repair.inner
         if inner is not None and int8 is not None:

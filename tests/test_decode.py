@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from models import GENERATE, MODELS, calibrated, inputs, logits
+from models import compiled as needs_c
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -519,6 +520,19 @@ def test_compiled(kind):
             model.eval()
             wanted = inner(token, use_cache=False).logits
             assert torch.allclose(compiled(token, use_cache=False).logits, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("weight_dtype", [None, pytest.param(torch.int8, marks=needs_c)])
+def test_a_merged_lora_that_is_switched_off(weight_dtype):
+    """The first step after it is without it, as LoRA's own forward is: it takes what was merged out of W."""
+    plain = adapter_model()
+    model = copy.deepcopy(plain)
+    lora_merged(model)
+    model.prepare_for_decode(weight_dtype)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.enable_adapters(False)
+    assert step_differences(plain, model) < (3e-2 if weight_dtype else 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged"])

@@ -146,19 +146,19 @@ def _product(
 def sparse_gemv(z, weight_t, bias=None, weight_scale=None) -> torch.Tensor:
     library, _ = _load()
     if library is None:
-        return bag(z, weight_t, bias) if weight_scale is None else _int8(z, weight_t, bias, weight_scale)
+        if weight_scale is not None:  # right, and slow
+            return reference.masked_linear(z, weight_t, bias, weight_scale)
+        return bag(z, weight_t, bias)
     return _product(library, z, weight_t, bias, weight_scale, dense=False)
 
 
 def dense_gemv(z, weight_t, bias=None, weight_scale=None) -> torch.Tensor:
     library, _ = _load()
     if library is None:
-        return linear(z, weight_t, bias) if weight_scale is None else _int8(z, weight_t, bias, weight_scale)
+        if weight_scale is not None:
+            return reference.masked_linear(z, weight_t, bias, weight_scale)
+        return linear(z, weight_t, bias)
     return _product(library, z, weight_t, bias, weight_scale, dense=True)
-
-
-# Without the library weights of 8 bits are right, and slow.
-_int8 = reference.masked_linear
 
 
 def threshold_gemv(x, weight_t, tau, column_scale=None, gain=None, bias=None, relative=0, weight_scale=None):
@@ -235,7 +235,7 @@ def bag(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None = Non
 
 
 def linear(z: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """z W^T + b for many rows."""
+    """z W^T + b for many rows, in blocks where torch is slow at it."""
     if z.dtype not in SLOW_DTYPES:
         return reference.masked_linear(z, weight_t, bias)
     ops.check(z, weight_t, bias)
