@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .base_layer import has_plain_weight
-from .kernels import Kernel, active_kernel
+from .kernels import Kernel, active_kernel, reads_int8
 from .layer import SponLayer
 from .sites import Site, sites
 from .transposed import can_transpose
@@ -119,8 +119,8 @@ def why_no_copy(site: Site) -> str | None:
     """Why a layer that can skip weights cannot read a copy of them in 8 bits, or None."""
     weight = site.plain_layer().weight
     kernel = active_kernel(weight.device, weight.dtype)
-    if not kernel.name.startswith("c-"):
-        return f"only the C kernel of CPUs reads weights of 8 bits, and here is {kernel.name} ({kernel.origin})"
+    if not reads_int8(weight.device):
+        return f"weights of 8 bits need the C kernel or Triton's, and here is {kernel.name} ({kernel.origin})"
     if isinstance(site, SponLayer) and not site.is_w_alone():
         return "a LoRA beneath is not merged, and is computed beside the layer's own weights"
     if not weight.isfinite().all():

@@ -61,27 +61,31 @@ def _slot(index: int) -> int:
         return taken.setdefault(stream, len(taken))
 
 
-# Weights of 8 bits have no kernel here yet: they are right, and slow.
-
-
 def sparse_gemv(z, weight_t, bias=None, weight_scale=None) -> torch.Tensor:
-    if not has_kernel(z.device) or weight_scale is not None:
+    if not has_kernel(z.device):
         return reference.masked_linear(z, weight_t, bias, weight_scale)
-    return _launch(z, weight_t, bias)
+    return _launch(z, weight_t, bias, weight_scale)
 
 
 def threshold_gemv(x, weight_t, tau, column_scale=None, gain=None, bias=None, relative=0, weight_scale=None):
-    if not has_kernel(x.device) or weight_scale is not None:
+    if not has_kernel(x.device):
         return reference.threshold_gemv(x, weight_t, tau, column_scale, gain, bias, relative, weight_scale)
     ops.check_threshold(x, tau, column_scale, gain)
     ops.check_relative(relative)
-    return _launch(x, weight_t, bias, tau=tau, column_scale=column_scale, gain=gain, relative=relative)
+    selection = {"tau": tau, "column_scale": column_scale, "gain": gain, "relative": relative}
+    return _launch(x, weight_t, bias, weight_scale, **selection)
 
 
-def _launch(x: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None, **selection: Any) -> torch.Tensor:
+def _launch(
+    x: torch.Tensor,
+    weight_t: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight_scale: torch.Tensor | None,
+    **selection: Any,
+) -> torch.Tensor:
     from . import triton_kernel
 
-    ops.check(x, weight_t, bias)
+    ops.check(x, weight_t, bias, weight_scale)
     shape = (*x.shape[:-1], weight_t.shape[1])
     if not x.numel() or not weight_t.numel():
         y = x.new_zeros(shape)
@@ -92,7 +96,7 @@ def _launch(x: torch.Tensor, weight_t: torch.Tensor, bias: torch.Tensor | None, 
         counters = counters[_slot(index)]
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         parts = [
-            triton_kernel.launch(part, weight_t, bias, counters, processors, **selection)
+            triton_kernel.launch(part, weight_t, bias, counters, processors, weight_scale=weight_scale, **selection)
             for part in rows.split(triton_kernel.MOST_ROWS)
         ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)

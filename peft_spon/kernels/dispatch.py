@@ -169,8 +169,8 @@ def int8_linear(
     bias: torch.Tensor | None = None,
     sparsity: float = 0.5,
 ) -> torch.Tensor:
-    """F.linear(z, (weight_t * weight_scale).t(), bias) for any number of rows: by the kernel for up to eight on a CPU,
-    else, and where gradients are wanted, by fp32 products of blocks of the weight.
+    """F.linear(z, (weight_t * weight_scale).t(), bias) for any number of rows: by the kernel for up to eight, else,
+    and where gradients are wanted, by torch's products of blocks of the weight.
 
     Args:
         z (`torch.Tensor`): inputs already zeroed by S, (..., in), fp32, bf16 or fp16.
@@ -180,10 +180,15 @@ def int8_linear(
         sparsity (`float`, *optional*, defaults to 0.5): share of zeros to be expected in a row of z.
     """
     rows = z.numel() // z.shape[-1] if z.shape[-1] else 0
-    if z.is_cpu and rows <= MOST_ROWS and not (torch.is_grad_enabled() and z.requires_grad):
-        product = sparse_gemv if skips(rows, sparsity) else dense_gemv
+    if (z.is_cpu or z.is_cuda) and rows <= MOST_ROWS and not (torch.is_grad_enabled() and z.requires_grad):
+        product = sparse_gemv if z.is_cuda or skips(rows, sparsity) else dense_gemv
         return product(z, weight_t, bias, weight_scale)
     return reference.blockwise(z, weight_t, bias, weight_scale)
+
+
+def reads_int8(device: torch.device) -> bool:
+    """Whether a kernel reads weights of 8 bits as they are."""
+    return cuda.has_kernel(device) if device.type == "cuda" else cpu.active_kernel().name.startswith("c-")
 
 
 def make_ready(device: torch.device) -> None:

@@ -40,11 +40,15 @@ def blockwise(
     bias: torch.Tensor | None = None,
     weight_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same where torch has no fast product, or none at all: blocks of W^T are converted to fp32 on the way."""
-    y, wide = z.new_empty((*z.shape[:-1], weight_t.shape[1])), z.float()
+    """The same where torch has no fast product, or none at all: blocks of W^T are converted to fp32 on the way, or to
+    bf16 on GPUs, whose sums are in fp32 (8 bits fit into it, and sums of them do not fit into fp16).
+    """
+    y, wide = z.new_empty((*z.shape[:-1], weight_t.shape[1])), z
+    if not (z.is_cuda and z.dtype == torch.bfloat16):
+        wide = z.float()
     for start in range(0, weight_t.shape[1], 1024):
         block = slice(start, start + 1024)
-        part = wide @ weight_t[:, block].float()
+        part = wide @ weight_t[:, block].to(wide.dtype)
         part = part if weight_scale is None else part * weight_scale[block]
         y[..., block] = part if bias is None else part + bias[block]
     return y

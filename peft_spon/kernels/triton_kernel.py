@@ -4,9 +4,10 @@
 
 One launch. A program has a share of the inputs and a block of columns: it finds which of its inputs are not 0 (S
 included, also the mean that scores are relative to), lists them, reads only the rows of W^T on the list, and writes
-its partial sums in fp32. The program that finishes a block of columns last adds them up in a fixed order, adds the
-bias and casts. So there are no floating-point atomics: results are the same at every run. No autotuning, no allocation
-that depends on data, no synchronisation: safe inside CUDA graphs, and compute capability 8.0 is enough.
+its partial sums in fp32. The program that finishes a block of columns last adds them up in a fixed order, scales them
+(weights of 8 bits), adds the bias and casts. So there are no floating-point atomics: results are the same at every
+run. No autotuning, no allocation that depends on data, no synchronisation: safe inside CUDA graphs, and compute
+capability 8.0 is enough.
 """
 
 from typing import NamedTuple
@@ -18,8 +19,6 @@ import triton.language as tl
 
 MOST_ROWS = 8
 COUNTERS = 4096  # column blocks of one launch
-# Older versions say that they cannot put these loads in a pipeline.
-PIPELINE = 3 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3) else 1
 
 
 @triton.jit
@@ -58,6 +57,7 @@ def _power_mean(
 def _sparse_gemv(
     x,
     weight_t,
+    weight_scale,
     bias,
     tau,
     column_scale,
@@ -74,6 +74,7 @@ def _sparse_gemv(
     splits,
     ROWS: tl.constexpr,
     ROWS_PADDED: tl.constexpr,
+    HAS_WEIGHT_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SELECTS: tl.constexpr,
     ORDER: tl.constexpr,
@@ -84,7 +85,7 @@ def _sparse_gemv(
     BLOCK_OUT: tl.constexpr,
     BLOCK_LIST: tl.constexpr,
     BLOCK_MEAN: tl.constexpr,
-    STAGES: tl.constexpr,
+    BLOCK_PARTIAL: tl.constexpr,
 ):
     block, split = tl.program_id(0), tl.program_id(1)
     columns = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -98,10 +99,7 @@ def _sparse_gemv(
             mean = _power_mean(x, column_scale, n_in, rows, ROWS, ORDER, HAS_SCALE, BLOCK_MEAN)
     list_of_mine = listed + (block * splits + split) * BLOCK_LIST
     values_of_mine = values + (block * splits + split) * BLOCK_LIST * ROWS
-    if ROWS == 1:
-        sums = tl.zeros((BLOCK_IN, BLOCK_OUT), tl.float32)
-    else:
-        sums = tl.zeros((ROWS_PADDED, BLOCK_OUT), tl.float32)
+    sums = tl.zeros((ROWS_PADDED, BLOCK_OUT), tl.float32)
     for start in range(first, last, BLOCK_LIST):
         # S, as in the criteria: what is not kept is multiplied by 0, so that NaN stays NaN.
         inputs = start + tl.arange(0, BLOCK_LIST)
@@ -127,7 +125,7 @@ def _sparse_gemv(
             mask=(rows < ROWS)[:, None] & (active != 0)[None, :],
         )
         tl.debug_barrier()  # the list is read by other threads than those that wrote it
-        for begin in tl.range(0, count, BLOCK_IN, num_stages=STAGES):
+        for begin in tl.range(0, count, BLOCK_IN, num_stages=1):
             entries = begin + tl.arange(0, BLOCK_IN)
             here = entries < count
             index = tl.load(list_of_mine + entries, mask=here, other=0).to(tl.int64)
@@ -139,7 +137,9 @@ def _sparse_gemv(
             )
             if ROWS == 1:
                 entry = tl.load(values_of_mine + entries, mask=here, other=0.0)
-                sums += entry.to(tl.float32)[:, None] * weight.to(tl.float32)
+                # Added up at once: sums of one number per column leave registers for loads, all of them on their way
+                # before the first is needed. With one warp the compiler keeps to that; docs/speed.md, "On a GPU".
+                sums += tl.sum(entry.to(tl.float32)[:, None] * weight.to(tl.float32), axis=0)[None, :]
             else:
                 entry = tl.load(
                     values_of_mine + rows[:, None] * BLOCK_LIST + entries[None, :],
@@ -149,14 +149,11 @@ def _sparse_gemv(
                 if DOT_IN_FP32:
                     sums = tl.dot(entry.to(tl.float32), weight.to(tl.float32), sums, input_precision="ieee")
                 else:
-                    sums = tl.dot(entry, weight, sums, input_precision="ieee")
+                    sums = tl.dot(entry, weight.to(entry.dtype), sums, input_precision="ieee")
         tl.debug_barrier()  # before the next list takes its place
     rows_out = rows[:, None] * n_out + columns[None, :]
     mask = (rows < ROWS)[:, None] & inside[None, :]
-    if ROWS == 1:
-        total = tl.sum(sums, axis=0)[None, :]
-    else:
-        total = sums
+    total = sums
     arrived = 0
     if splits > 1:
         tl.store(partial + split * ROWS * n_out + rows_out, total, mask=mask)
@@ -166,17 +163,17 @@ def _sparse_gemv(
         if splits > 1:
             tl.debug_barrier()
             if ROWS == 1:
-                # Eight at a time: one after the other, each would wait for memory.
-                eight = tl.zeros((8, BLOCK_OUT), tl.float32)
-                for other in range(0, splits, 8):
-                    others = other + tl.arange(0, 8)
-                    eight += tl.load(
+                # Many at a time: one after the other, each would wait for memory.
+                total = tl.zeros_like(total)
+                for other in range(0, splits, BLOCK_PARTIAL):
+                    others = other + tl.arange(0, BLOCK_PARTIAL)
+                    parts = tl.load(
                         partial + others[:, None] * n_out + columns[None, :],
                         mask=(others < splits)[:, None] & inside[None, :],
                         other=0.0,
                         cache_modifier=".cg",
                     )
-                total = tl.sum(eight, axis=0)[None, :]
+                    total += tl.sum(parts, axis=0)[None, :]
             else:
                 total = tl.zeros_like(total)
                 for other in range(splits):
@@ -184,6 +181,8 @@ def _sparse_gemv(
                         partial + other * ROWS * n_out + rows_out, mask=mask, other=0.0, cache_modifier=".cg"
                     )
             tl.store(counters + block, 0)
+        if HAS_WEIGHT_SCALE:
+            total *= tl.load(weight_scale + columns, mask=inside, other=0.0)[None, :]
         if HAS_BIAS:
             total += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
         tl.store(y + rows_out, total.to(y.dtype.element_ty), mask=mask)
@@ -196,7 +195,7 @@ class Plan(NamedTuple):
         block_in, block_out (`int`): rows and columns of W^T that a program reads at a time.
         block_list (`int`): inputs among which it looks for those that are not 0 at a time.
         n_split, splits (`int`): inputs of a program, and programs that share a block of columns.
-        warps, stages (`int`): of a program; of the pipeline of its loads.
+        warps (`int`): of a program.
     """
 
     block_in: int
@@ -204,26 +203,27 @@ class Plan(NamedTuple):
     block_list: int
     n_split: int
     splits: int
-    warps: int = 4
-    stages: int = 1
+    warps: int
 
 
 def plan(rows: int, n_in: int, n_out: int, itemsize: int, processors: int) -> Plan:
-    """Two programs per processor, each with inputs enough to be worth its start. Measured in bf16 on an H100."""
-    if rows == 1 and n_out > 2048:
-        block_in, block_out, least, stages = 16, 1024 // itemsize, 128, 1
+    """For one row, eight programs per processor, of one warp and 64 inputs or more. Measured on an H100."""
+    if rows == 1:
+        block_out, per_processor, least, most, warps = 64 if itemsize == 4 else 128, 8, 64, 512, 1
     else:
-        block_in, block_out, least, stages = 32, 128, 256, PIPELINE if rows == 1 else 1
+        block_out, per_processor, least, most, warps = 128, 2, 256, 256, 4
     blocks = triton.cdiv(n_out, block_out)
-    splits = max(1, min(2 * processors // blocks, n_in // least)) if blocks <= COUNTERS else 1
+    splits = max(1, min(per_processor * processors // blocks, n_in // least)) if blocks <= COUNTERS else 1
     n_split = triton.cdiv(triton.cdiv(n_in, splits), 16) * 16
-    block_list = min(512 if rows == 1 else 256, triton.next_power_of_2(n_split))
-    return Plan(block_in, block_out, block_list, n_split, triton.cdiv(n_in, n_split), stages=stages)
+    # 8 kB at a time; where a program has few inputs, all of them at once.
+    block_in = 32 if rows > 1 else 64 if n_split <= 64 else 8192 // (block_out * itemsize)
+    block_list = min(most, triton.next_power_of_2(n_split))
+    return Plan(block_in, block_out, block_list, n_split, triton.cdiv(n_in, n_split), warps)
 
 
-def block_mean(rows: int) -> int:
+def block_mean(rows: int, warps: int) -> int:
     """Inputs of each row that are added up at a time for the mean."""
-    return 4096 if rows == 1 else 256
+    return 2048 * warps if rows == 1 else 256
 
 
 def launch(
@@ -236,6 +236,7 @@ def launch(
     column_scale: torch.Tensor | None = None,
     gain: torch.Tensor | None = None,
     relative: int = 0,
+    weight_scale: torch.Tensor | None = None,
     cut: Plan | None = None,
 ) -> torch.Tensor:
     """y (rows, out) of x (rows, in), contiguous, 1 to 8 rows; without `tau`, x is sparse already.
@@ -244,7 +245,7 @@ def launch(
     """
     (rows, n_in), n_out = x.shape, weight_t.shape[1]
     bias = None if bias is None else bias.contiguous()
-    cut = cut or plan(rows, n_in, n_out, x.element_size(), processors)
+    cut = cut or plan(rows, n_in, n_out, weight_t.element_size(), processors)
     blocks = triton.cdiv(n_out, cut.block_out)
     programs = blocks * cut.splits
     y = x.new_empty(rows, n_out)
@@ -254,6 +255,7 @@ def launch(
     _sparse_gemv[(blocks, cut.splits)](
         x,
         weight_t,
+        x if weight_scale is None else weight_scale,
         x if bias is None else bias,
         x if tau is None else tau,
         x if column_scale is None else column_scale,
@@ -270,6 +272,7 @@ def launch(
         cut.splits,
         ROWS=rows,
         ROWS_PADDED=1 if rows == 1 else 16,
+        HAS_WEIGHT_SCALE=weight_scale is not None,
         HAS_BIAS=bias is not None,
         SELECTS=tau is not None,
         ORDER=relative,
@@ -279,8 +282,8 @@ def launch(
         BLOCK_IN=cut.block_in,
         BLOCK_OUT=cut.block_out,
         BLOCK_LIST=cut.block_list,
-        BLOCK_MEAN=block_mean(rows),
-        STAGES=cut.stages,
+        BLOCK_MEAN=block_mean(rows, cut.warps),
+        BLOCK_PARTIAL=4096 * cut.warps // cut.block_out,
         num_warps=cut.warps,
     )
     return y
