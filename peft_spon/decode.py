@@ -57,7 +57,7 @@ def prepare_for_decode(model: nn.Module, weight_dtype: torch.dtype | None = None
     Args:
         model (`nn.Module`): a model with SPON adapters, or a merged one.
         weight_dtype (`torch.dtype`, *optional*): `torch.int8`: sparse layers compute with copies of their weights in 8
-            bits, on CPUs; that is half of bf16's bytes to read. Prompts and evaluations then use them, too; with SPON
+            bits; that is half of bf16's bytes to read. Prompts and evaluations then use them, too; with SPON
             off the model is the dense one with its own weights. The weights stay as they are, so the copies come on
             top: half as much again as a bf16 model's sparse layers.
 

@@ -326,7 +326,7 @@ def bench(
         prompt_tokens: tokens of the prompts, which are random.
         new_tokens: tokens to generate in a turn.
         rounds: turns of each model.
-        int8: the sparse layers read copies of their weights in 8 bits (on CPUs).
+        int8: the sparse layers read copies of their weights in 8 bits.
         threads: threads of a CPU. Default torch's own choice.
         dtype: of the models.
         device: where to compute; auto is the accelerator, if there is one.
