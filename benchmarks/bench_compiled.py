@@ -52,7 +52,7 @@ def main():
     which.add_argument("--preset", choices=PRESETS, default="llama-3.2-1b")
     which.add_argument("--model", help="folder or name of a causal language model")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--criterion", default="weighted")
+    parser.add_argument("--criterion", default="magnitude")
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.7])
     parser.add_argument("--tokens", type=int, default=16, help="steps of a turn, the first two not counted")
     parser.add_argument("--rounds", type=int, default=4)

@@ -204,7 +204,7 @@ def main():
     which.add_argument("--model", help="folder or name of a causal language model")
     parser.add_argument("--adapter", help="folder of a SPON adapter of that model, calibrated")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--criterion", default="weighted")
+    parser.add_argument("--criterion", default="magnitude")
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.7])
     parser.add_argument("--rows", nargs="+", type=int, default=[1], help="batch sizes")
     parser.add_argument("--prompt", type=int, default=16, help="tokens of the prompts")

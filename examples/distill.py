@@ -34,7 +34,7 @@ class SponArguments:
 
     sparsity: float = field(default=0.5, metadata={"help": "Share of every layer's input that S zeroes."})
     criterion: str = field(
-        default="weighted", metadata={"help": "magnitude, relative, topk, wina, weighted, robust, rsparse or larosa."}
+        default="magnitude", metadata={"help": "magnitude, relative, topk, wina, weighted, robust, rsparse or larosa."}
     )
     anchor_space: str = field(default="output", metadata={"help": "Anchors behind W (output) or before it (input)."})
     gain: bool = field(default=True, metadata={"help": "Also train one scale per input channel."})

@@ -47,7 +47,7 @@ VARIANTS = {
     "4 recalibrations": ({}, {"recalibrations": 4}),
     "no gain, 4 recalibrations": ({"gain": False}, {"recalibrations": 4}),
     "input-side anchors": ({"anchor_space": "input"}, {}),
-    "magnitude": ({"criterion": "magnitude"}, {}),
+    "weighted": ({"criterion": "weighted"}, {}),
     "relative": ({"criterion": "relative"}, {}),
     "topk": ({"criterion": "topk"}, {}),
     "wina": ({"criterion": "wina"}, {}),

@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--train", type=Path, help="text file to train on; default: Python's standard library")
     parser.add_argument("--held-out", type=Path, help="text file to evaluate on")
     parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--criterion", default="weighted", help="what makes an entry important, as in SponConfig")
+    parser.add_argument("--criterion", default="magnitude", help="what makes an entry important, as in SponConfig")
     parser.add_argument("--method", default="kl", help="kl, greedy or uniform: how the sparsity is spread")
     parser.add_argument("--steps", type=int, default=150, help="training steps of 2 blocks")
     parser.add_argument("--repair-lora", type=int, default=0, help="rank of a LoRA trained with the anchors")

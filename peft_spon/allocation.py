@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .budget import FINE, METHODS, cap_at, predicted_kl, split
-from .calibration import calibrate, needs_moments
+from .calibration import calibrate, needs_moments, refit
 from .checksums import tensors_checksum
 from .data import Batch, check_arguments, check_sizes, count_tokens, iter_batches, to_device
 from .greedy import greedy_paths
@@ -105,9 +105,10 @@ def allocate(
     Spread a sparsity budget over the layers of an adapter, and set it: some bear much more of it than others.
 
     What is found becomes the adapter's `sparsity_pattern`, is saved with it, and `model.set_sparsity(s)` splits
-    another budget by it, without data. Anchors and gains play no part. An adapter without thresholds is calibrated
-    first. Under several processes each gives its own share of the data. Nothing changes in the model if an error is
-    raised.
+    another budget by it, without data. Anchors and gains play no part in it. An adapter without thresholds is
+    calibrated first. Last, one pass over the same data fits thresholds anew to the sparse model as it then is, as
+    `calibrate(refit=True)` does, so that what was asked for is realised. Under several processes each gives its own
+    share of the data. Nothing changes in the model if an error is raised.
 
     Args:
         model (`torch.nn.Module`): a model with a SPON adapter that is active.
@@ -183,6 +184,9 @@ def allocate(
                 split(allocation, sparsity)  # raises what can be wrong with it before anything is changed
             change_config(model, name, allocation=allocation)
             set_sparsity(model, sparsity, None if allocation else {}, name)
+            if config.make_criterion().selects == "threshold":
+                # The sparse model's inputs are not the dense one's: what is zeroed would not be what was asked for.
+                refit(model, batches, layers, name, progress)
             return report(looked, method, sparsity, allocation)
     except BaseException:
         for key, layer in layers.items():

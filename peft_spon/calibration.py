@@ -12,7 +12,7 @@ from torch import nn
 
 from .base_layer import prepared_state
 from .criteria import entries_kept
-from .data import check_arguments, check_sizes, iter_batches
+from .data import Batch, check_arguments, check_sizes, iter_batches
 from .layer import SponLayer
 from .modes import dense_mode, every_token_sparse
 from .sites import adapter_config, change_config, resolve_adapter, spon_layers
@@ -124,17 +124,14 @@ def calibrate(
             max_tokens=max_tokens,
             text_column=text_column,
         )
-        with every_token_sparse(model) if sparse else dense_mode(model):
-            label = "calibrating on the sparse model" if sparse else "calibrating"
-            return watch(model, batches, observer, label, progress, max_tokens)
+        return look(model, batches, observer, sparse, progress, max_tokens)
 
     def fit(sparse: bool) -> int:
         scores = Scores(layers, name)
         tokens = see(scores, sparse)
         histograms.update(scores.summed())
         if criterion.selects == "threshold":
-            for key, layer in layers.items():
-                layer.set_quantiles(name, histograms[key].quantiles())
+            set_thresholds(layers, name, histograms)
         return tokens
 
     histograms: dict[str, ScoreHistogram] = {}
@@ -159,6 +156,36 @@ def calibrate(
     )
     logger.info("calibrated %d layers on %d tokens", len(layers), tokens)
     return result
+
+
+def look(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    observer: Observer,
+    sparse: bool,
+    progress: bool | None = None,
+    max_tokens: int | None = None,
+) -> int:
+    """Show an observer what the layers see in the dense or the sparse model; the number of tokens."""
+    with every_token_sparse(model) if sparse else dense_mode(model):
+        label = "calibrating on the sparse model" if sparse else "calibrating"
+        return watch(model, batches, observer, label, progress, max_tokens)
+
+
+@torch.no_grad()
+def refit(
+    model: nn.Module, batches: list[Batch], layers: dict[str, SponLayer], name: str, progress: bool | None = None
+) -> None:
+    """As `calibrate(refit=True)`, but a layer that no token reaches keeps its threshold."""
+    scores = Scores(layers, name)
+    look(model, batches, scores, sparse=True, progress=progress)
+    set_thresholds(layers, name, scores.summed(all_seen=False))
+
+
+def set_thresholds(layers: dict[str, SponLayer], name: str, histograms: dict[str, ScoreHistogram]) -> None:
+    """Quantiles and thresholds from the histograms of some layers' scores."""
+    for key, histogram in histograms.items():
+        layers[key].set_quantiles(name, histogram.quantiles())
 
 
 def needs_moments(layer: SponLayer, adapter_name: str) -> bool:

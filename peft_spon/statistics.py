@@ -144,11 +144,14 @@ class Scores(Observer):
             self.histograms[name] = ScoreHistogram(x.device)
         self.histograms[name].add(self._counts[key])
 
-    def summed(self) -> dict[str, ScoreHistogram]:
+    def summed(self, all_seen: bool = True) -> dict[str, ScoreHistogram]:
         """The histograms of all layers, over all processes.
 
+        Args:
+            all_seen (`bool`, *optional*, defaults to `True`): `False`: without the layers that no token reached.
+
         Raises:
-            `ValueError`: NaN or infinity, or a layer that no token reached.
+            `ValueError`: NaN or infinity, or, with `all_seen`, a layer that no token reached.
         """
         for name, layer in self.layers.items():
             if name not in self.histograms:
@@ -156,8 +159,9 @@ class Scores(Observer):
             histogram = self.histograms[name]
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(histogram.counts)
-            check_seen(name, histogram.total, histogram.non_finite)
-        return self.histograms
+            if all_seen or histogram.total:
+                check_seen(name, histogram.total, histogram.non_finite)
+        return {name: histogram for name, histogram in self.histograms.items() if histogram.total}
 
 
 class Moments(Observer):

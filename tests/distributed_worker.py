@@ -64,7 +64,9 @@ def train(out: Path, options: dict) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     evaluate_first = options.pop("evaluate_first", False)
     resume = options.pop("resume", None)
-    model = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.6, gain=True, task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        MODELS["llama"](), SponConfig(sparsity=0.6, criterion="weighted", gain=True, task_type="CAUSAL_LM")
+    )
     args = SponTrainingConfig(
         output_dir=str(out),
         **{

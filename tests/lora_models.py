@@ -18,7 +18,8 @@ def lora_config(**fields):
 
 
 def spon_config(**fields):
-    return SponConfig(**{"init_weights": False, "sparsity": 0.5, **fields})
+    """`weighted`: a criterion that reads the weights, and has state of its own."""
+    return SponConfig(**{"init_weights": False, "sparsity": 0.5, "criterion": "weighted", **fields})
 
 
 def spon_then_lora(family="llama", lora=None, **fields):

@@ -29,7 +29,9 @@ PREFIX = "base_model.model."
 
 def adapter(family="llama", seed=0, **fields):
     torch.manual_seed(seed)
-    model = get_peft_model(MODELS[family](), SponConfig(init_weights=False, **fields)).eval()
+    model = get_peft_model(
+        MODELS[family](), SponConfig(**{"init_weights": False, "criterion": "weighted", **fields})
+    ).eval()
     return calibrated(model) if family == "llama" else model
 
 

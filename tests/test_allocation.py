@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A budget spread over layers: what the methods find, that budgets are met to the weight, that the dial keeps it."""
 
+import copy
 import itertools
 import json
 import socket
@@ -17,7 +18,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 
 import peft_spon.sensitivity
-from peft_spon import CRITERIA, SponConfig, allocate, calibrate
+from peft_spon import CRITERIA, SponConfig, allocate, calibrate, evaluate
 from peft_spon.budget import FINE, GRID, cheapest, exact_key, fine_curves, split
 from peft_spon.modes import dense_mode
 from peft_spon.sensitivity import backward_of_a_sample
@@ -42,6 +43,10 @@ def adapted(family="llama", **fields):
 
 def shares(model):
     return {name: layer.sparsifier("default").sparsity for name, layer in spon_layers(model).items()}
+
+
+def thresholds(model):
+    return {name: float(layer.spon_threshold["default"]) for name, layer in spon_layers(model).items()}
 
 
 def total(model):
@@ -77,11 +82,28 @@ def test_the_budget_is_met_to_the_weight_and_the_dial_keeps_the_shape(family, me
     assert set(shares(model).values()) == {0.4}, "a pattern of one's own ends the allocation"
 
 
+@pytest.mark.parametrize("method", ["kl", "greedy", "uniform"])
+def test_what_is_realised_is_what_was_asked(method):
+    """Thresholds that a dense model's activations gave zero 1 to 2 points more; here of an iterator, which ends."""
+    model = get_peft_model(MODELS["llama"](), SponConfig(criterion="magnitude"))
+    calibrate(model, batches(), progress=False)
+    result = quiet(model, iter(batches()), sparsity=0.6, method=method)
+    assert result.realised == pytest.approx(0.6, abs=0.003)
+    assert evaluate(model, batches(), progress=False).sparse.sparsity == pytest.approx(result.realised, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_what_is_realised_is_what_was_asked_in_every_family(family):
+    model = get_peft_model(MODELS[family](), SponConfig(criterion="magnitude"))
+    assert quiet(model, data_for(family), sparsity=0.6).realised == pytest.approx(0.6, abs=0.003)
+
+
 @pytest.mark.slow
 def test_the_sensitivity_is_that_of_its_definition():
     """c of every token, sparsity and layer by differences of log p of the same sample; norms and softmax are fp32."""
     model = adapted().double()
     batch = {"input_ids": torch.randint(3, VOCAB, (1, 6))}
+    states = {name: layer.sparsifier_state("default") for name, layer in spon_layers(model).items()}  # not refitted
     quiet(model, [batch])
     found = model.peft_config["default"].allocation["layers"]
     with torch.no_grad(), dense_mode(model):
@@ -95,7 +117,7 @@ def test_the_sensitivity_is_that_of_its_definition():
         for name in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
             layer, squares = layers[name], torch.zeros(len(GRID))
             for (index, share), token in itertools.product(enumerate(GRID), range(6)):
-                sparsifier, state = layer.sparsifier("default").at(share, layer.sparsifier_state("default"))
+                sparsifier, state = layer.sparsifier("default").at(share, states[name])
                 moved = []
                 for step in (0.02, -0.02):
 
@@ -307,10 +329,13 @@ def test_models_without_logits_and_broken_gradients(llama):
 
 def test_layers_that_no_token_reaches_take_part_as_they_are():
     model = adapted()
+    before = thresholds(model)
     for module in model.modules():
         if type(module).__name__ == "LlamaMLP":
             module.forward = lambda x: x
     quiet(model, batches())
+    kept = {name for name, value in thresholds(model).items() if value == before[name]}
+    assert kept == {name for name in before if ".mlp." in name}
     found = shares(model)
     unused = {share for name, share in found.items() if ".mlp." in name}
     assert unused == {0.5}
@@ -319,17 +344,16 @@ def test_layers_that_no_token_reaches_take_part_as_they_are():
 
 
 def test_padding_counts_for_nothing():
-    model = adapted()
+    models = [adapted()]
+    models.append(copy.deepcopy(models[0]))
     batch = inputs("llama", rows=4, tokens=12)
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     batch["attention_mask"][2:, 8:] = 0
-    found = []
-    for filler in (0, 7):
+    for model, filler in zip(models, (0, 7), strict=True):
         batch["input_ids"][2:, 8:] = filler
-        result = quiet(model, [batch])
-        found.append(shares(model))
-        assert result.tokens == 4 * 12 - 8
-    assert found[0] == found[1]
+        assert quiet(model, [batch]).tokens == 4 * 12 - 8
+    assert shares(models[0]) == shares(models[1])
+    assert thresholds(models[0]) == thresholds(models[1])
 
 
 def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
@@ -367,7 +391,7 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
 
 def test_an_interruption_at_the_very_end_changes_nothing(monkeypatch):
     model = adapted()
-    before, config = shares(model), model.peft_config["default"]
+    before, fitted, config = shares(model), thresholds(model), model.peft_config["default"]
 
     def interrupted(*args):
         raise KeyboardInterrupt
@@ -376,6 +400,7 @@ def test_an_interruption_at_the_very_end_changes_nothing(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         quiet(model, batches(), sparsity=0.7)
     assert shares(model) == before
+    assert thresholds(model) == fitted
     assert model.peft_config["default"] is config
 
 
@@ -426,7 +451,7 @@ def _allocate_in_process(rank, port, queue):
     for method in ("kl", "greedy"):
         model = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.6))
         quiet(model, batches(2, rows=1)[rank::2], method=method)
-        found.append(shares(model))
+        found.append((shares(model), thresholds(model)))
     queue.put((rank, found))
     torch.distributed.destroy_process_group()
 
@@ -445,7 +470,7 @@ def test_two_processes_with_half_the_data_each_equal_one_with_all():
     for worker in workers:
         worker.join()
     assert results[0] == results[1]
-    for method, found in zip(("kl", "greedy"), results[0], strict=True):
+    for method, (found, _) in zip(("kl", "greedy"), results[0], strict=True):
         model = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.6))
         quiet(model, batches(2, rows=1), method=method)
         for name, share in shares(model).items():

@@ -221,9 +221,10 @@ def test_top_k_criteria_need_no_thresholds_but_report(llama, criterion):
 
 def test_offloaded_layers(llama):
     """accelerate's offloading leaves weights on "meta" and brings them in for each call."""
-    plain = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.6))
+    config = SponConfig(sparsity=0.6, criterion="weighted")  # reads the weights
+    plain = get_peft_model(MODELS["llama"](), config)
     calibrate(plain, batches())
-    model = get_peft_model(cpu_offload(llama, execution_device="cpu"), SponConfig(sparsity=0.6))
+    model = get_peft_model(cpu_offload(llama, execution_device="cpu"), config)
     assert model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").base_layer.weight.is_meta
     calibrate(model, batches())
     for a, b in zip(spon_layers(model).values(), spon_layers(plain).values(), strict=True):

@@ -177,7 +177,7 @@ def test_errors_are_one_line_and_debug_shows_where(call, tmp_path):
         (["calibrate", "--model", "llama", "--data", "test.txt", "--out", "new", "--criterion", "x"], "'x'"),
         (
             ["calibrate", "--model", "adapter", "--data", "test.txt", "--out", "new", "--criterion", "topk"],
-            "criterion is 'topk', but the adapter has 'weighted'",
+            "criterion is 'topk', but the adapter has 'magnitude'",
         ),
         (["merge", "--model", "merged", "--out", "new"], "merged already"),
         (["merge", "--model", "llama", "--out", "new"], "dense model"),

@@ -50,7 +50,7 @@ WAYS = [whole, inside, blocks, in_place]
 
 def config(**kwargs):
     torch.manual_seed(5)
-    return SponConfig(init_weights=False, task_type="CAUSAL_LM", **kwargs)
+    return SponConfig(**{"init_weights": False, "task_type": "CAUSAL_LM", "criterion": "weighted", **kwargs})
 
 
 @pytest.mark.slow

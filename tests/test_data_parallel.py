@@ -26,7 +26,9 @@ def replicate(model):
 
 
 def calibrated(family="llama", **kwargs):
-    model = get_peft_model(MODELS[family](), SponConfig(init_weights=False, **kwargs)).eval()
+    model = get_peft_model(
+        MODELS[family](), SponConfig(**{"init_weights": False, "criterion": "weighted", **kwargs})
+    ).eval()
     calibrate(model, [inputs(family, rows=4, tokens=16)], progress=False)
     return model
 

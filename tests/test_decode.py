@@ -37,7 +37,9 @@ KINDS = ["adapter", "merged in place", "merged"]
 
 def adapter_model(family="llama", **settings):
     torch.manual_seed(3)
-    config = SponConfig(**({"sparsity": 0.5, "init_weights": False, "prefill": "sparse"} | settings))
+    config = SponConfig(
+        **({"criterion": "weighted", "sparsity": 0.5, "init_weights": False, "prefill": "sparse"} | settings)
+    )
     model = get_peft_model(MODELS[family](), config)
     calibrate(model, [inputs(family, rows=4, tokens=16)], progress=False)
     return model.eval()

@@ -13,7 +13,7 @@ from peft_spon import SponConfig, every_token_sparse
 def net(merged=False, **kwargs):
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 8))
-    config = SponConfig(target_modules=["0", "2"], init_weights=False, **kwargs)
+    config = SponConfig(**{"target_modules": ["0", "2"], "init_weights": False, "criterion": "weighted", **kwargs})
     model = get_peft_model(plain, config).eval()
     for layer in model.get_base_model():
         if not isinstance(layer, nn.GELU):

@@ -330,7 +330,7 @@ def test_the_command_writes_what_the_function_finds(folder, tasks, capsys):
         for task, scores in getattr(hand, mode).items():
             assert written[mode][task]["metrics"] == pytest.approx(scores.metrics, rel=1e-5)
             assert written[mode][task]["sparsity"] == scores.sparsity
-    assert written["model"]["criterion"] == "weighted"
+    assert written["model"]["criterion"] == "magnitude"
     assert written["command"].startswith("peft-spon harness --model adapter")
     before = (folder / "r.json").read_bytes()
     assert main(arguments) == 1

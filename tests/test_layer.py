@@ -30,7 +30,7 @@ class Net(nn.Module):
 
 
 def adapted(net=None, **kwargs):
-    config = SponConfig(target_modules=["lin"], init_weights=False, **kwargs)
+    config = SponConfig(**{"target_modules": ["lin"], "init_weights": False, "criterion": "weighted", **kwargs})
     return get_peft_model(net or Net(), config).eval()
 
 

@@ -15,7 +15,7 @@ from peft_spon.sites import spon_layers
 
 @pytest.fixture
 def saved(tmp_path):
-    model = get_peft_model(MODELS["llama"](), SponConfig(init_weights=False, gain=True))
+    model = get_peft_model(MODELS["llama"](), SponConfig(init_weights=False, criterion="weighted", gain=True))
     calibrate(model, [inputs("llama", rows=4, tokens=16)])
     model.save_pretrained(tmp_path)
     return tmp_path
@@ -74,7 +74,9 @@ def test_unknown_criterion(saved):
 
 
 def test_failed_load_of_a_second_adapter_leaves_the_first(saved):
-    model = get_peft_model(MODELS["llama"](), SponConfig(init_weights=False, sparsity=0.3)).eval()
+    model = get_peft_model(
+        MODELS["llama"](), SponConfig(init_weights=False, criterion="weighted", sparsity=0.3)
+    ).eval()
     before = logits(model, "llama")
     edit_tensors(saved / "adapter_model.safetensors", lambda t: t.pop(KEY + "spon_threshold"))
     with pytest.raises(ValueError, match="no 'spon_threshold'"):
@@ -140,7 +142,9 @@ def test_model_without_blocks_needs_named_targets():
 
 def test_loading_over_an_adapter_with_other_settings_is_refused_and_loses_nothing(saved):
     for change in ({}, {"gain": False}, {"sparsity": 0.2}):
-        model = get_peft_model(MODELS["llama"](), SponConfig(**{"init_weights": False, **change})).eval()
+        model = get_peft_model(
+            MODELS["llama"](), SponConfig(**{"init_weights": False, "criterion": "weighted", **change})
+        ).eval()
         if change == {"sparsity": 0.2}:
             calibrate(model, [inputs("llama", rows=4, tokens=16)])
         before = logits(model, "llama")

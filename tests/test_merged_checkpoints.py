@@ -21,7 +21,7 @@ from peft_spon.sparse_linear import SparseLinear, SparseMixin
 
 def merged_model(family="llama", base=None, **fields):
     torch.manual_seed(3)
-    config = SponConfig(init_weights=False, **{"sparsity": 0.5, **fields})
+    config = SponConfig(**{"init_weights": False, "criterion": "weighted", "sparsity": 0.5, **fields})
     model = get_peft_model(base or MODELS[family](), config).eval()
     calibrate(model, [{"input_ids": torch.randint(3, VOCAB, (4, 16)), **extra(family)}], progress=False)
     return model.merge_and_unload()
@@ -70,6 +70,7 @@ def test_every_criterion_and_dial_comes_back(criterion, fields, tmp_path):
 
 def test_uncalibrated_and_partly_anchored_models_come_back(tmp_path):
     fields = {"anchor_modules": ["down_proj"], "exclude_modules": ["q_proj"], "sparsity_pattern": {"up_proj": 0.0}}
+    fields["criterion"] = "weighted"  # has state of its own
     merged = get_peft_model(MODELS["llama"](), SponConfig(init_weights=False, **fields)).merge_and_unload()
     merged.save_pretrained(tmp_path)
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path)

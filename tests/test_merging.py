@@ -51,7 +51,9 @@ class Net(nn.Module):
 
 def adapted(net, adapter="default", **fields):
     torch.manual_seed(3)
-    config = SponConfig(target_modules=["lin"], init_weights=False, **{"sparsity": 0.5, **fields})
+    config = SponConfig(
+        target_modules=["lin"], init_weights=False, **{"criterion": "weighted", "sparsity": 0.5, **fields}
+    )
     return get_peft_model(net, config, adapter).eval()
 
 

@@ -44,7 +44,7 @@ INSIDE = {family: {f"base_model.model.{name}": where for name, where in MAPS[fam
 
 def adapted(base, **kwargs):
     torch.manual_seed(3)
-    return get_peft_model(base, SponConfig(init_weights=False, **kwargs)).eval()
+    return get_peft_model(base, SponConfig(**{"init_weights": False, "criterion": "weighted", **kwargs})).eval()
 
 
 def calibrated(base, **kwargs):

@@ -32,8 +32,8 @@ from peft_spon.sites import spon_layers
 
 
 def random_config(**kwargs):
-    """Anchors that are not zero, so that losing one shows."""
-    return SponConfig(**{"init_weights": False, "gain": True, "sparsity": 0.4, **kwargs})
+    """Anchors that are not zero, so that losing one shows, and a criterion with state of its own."""
+    return SponConfig(**{"init_weights": False, "criterion": "weighted", "gain": True, "sparsity": 0.4, **kwargs})
 
 
 def calibrated(family, **kwargs):

@@ -70,7 +70,9 @@ def logits(model):
 
 def adapted(load, **fields):
     torch.manual_seed(3)
-    return get_peft_model(load(), SponConfig(**{"init_weights": False, "sparsity": 0.5, **fields}))
+    return get_peft_model(
+        load(), SponConfig(**{"init_weights": False, "criterion": "weighted", "sparsity": 0.5, **fields})
+    )
 
 
 def test_a_training_step_moves_the_anchors(quantized):

@@ -60,7 +60,8 @@ def repaired(family="llama", task=False):
 def sparse(task=False):
     """As users have it before a training: no repair LoRA, anchors at zero."""
     torch.manual_seed(0)
-    model = calibrated(get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.6, task_type="CAUSAL_LM")))
+    config = SponConfig(sparsity=0.6, criterion="weighted", task_type="CAUSAL_LM")
+    model = calibrated(get_peft_model(MODELS["llama"](), config))
     return add_lora(model, lora_config(), trainable="anchors") if task else model
 
 

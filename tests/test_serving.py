@@ -24,7 +24,7 @@ UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
 
 def merged(family="llama", **fields):
     torch.manual_seed(3)
-    config = SponConfig(**{"init_weights": False, "sparsity": 0.5, **fields})
+    config = SponConfig(**{"init_weights": False, "criterion": "weighted", "sparsity": 0.5, **fields})
     return calibrated(get_peft_model(MODELS[family](), config)).merge_and_unload()
 
 

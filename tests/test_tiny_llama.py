@@ -76,7 +76,7 @@ def test_sparsity_hurts_weighted_hurts_less_and_anchors_repair(base, tokenizer, 
     calibrate(model, train, tokenizer, max_tokens=8192, **SIZE)
     held_out = {"data": list(texts["held_out"].values()), "tokenizer": tokenizer, "max_tokens": 4096, **SIZE}
     magnitude = evaluate(model, **held_out)
-    model = get_peft_model(model.unload(), SponConfig(sparsity=0.6))
+    model = get_peft_model(model.unload(), SponConfig(sparsity=0.6, criterion="weighted"))
     calibrate(model, train, tokenizer, max_tokens=8192, **SIZE)
     args = SponTrainingConfig(
         output_dir=str(tmp_path),

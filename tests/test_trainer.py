@@ -212,7 +212,10 @@ def test_defaults_work_without_an_accelerator(tmp_path, tokenizer):
 
 
 def test_learning_rates_are_relative_to_what_s_removes(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer, learning_rate=0.3, gain_learning_rate=0.07, logging_steps=1)
+    config = SponConfig(criterion="weighted", task_type="CAUSAL_LM")
+    trainer = make(
+        tmp_path, tokenizer, peft_config=config, learning_rate=0.3, gain_learning_rate=0.07, logging_steps=1
+    )
     trainer.train()
     removed = removed_by_s(trainer.model, trainer.train_dataset, batch_size=4, max_length=16)
     groups = {id(p): group for group in trainer.optimizer.param_groups for p in group["params"]}

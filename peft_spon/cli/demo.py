@@ -109,7 +109,6 @@ def demo(
     spon.set_adapter("default")
 
     heading("4. Spread the sparsity: more where it costs little, less where it costs much")
-    uniform = evaluate(spon, held_out, tokenizer, max_tokens=eval_tokens, **size).sparse
     print(allocate(spon, train_texts, tokenizer, max_length=max_length))
 
     heading(f"5. Train the anchors: {steps} steps of {batch_size} x {max_length} tokens")
@@ -143,8 +142,8 @@ def demo(
     result = evaluate(spon, held_out, tokenizer, max_tokens=eval_tokens, **size)
     print(result)
     print(
-        f"KL to dense: magnitude sparsity {magnitude.sparse.kl:.4f}, weighted {uniform.kl:.4f}, allocated "
-        f"{result.sparse.kl:.4f}, with anchors {result.anchored.kl:.4f}."
+        f"KL to dense: magnitude sparsity {magnitude.sparse.kl:.4f}, allocated {result.sparse.kl:.4f}, with anchors "
+        f"{result.anchored.kl:.4f}."
     )
     damage = magnitude.sparse.perplexity - magnitude.dense.perplexity
     removed = (magnitude.sparse.perplexity - result.anchored.perplexity) / damage
@@ -184,7 +183,7 @@ def demo(
         "in a small model that is most of the time."
     )
     print(f"\nDone in {time.time() - begun:.0f} s. The adapter is in {out}.")
-    found = {"magnitude": magnitude, "uniform": uniform, "evaluation": result, "speed": speeds}
+    found = {"magnitude": magnitude, "evaluation": result, "speed": speeds}
     return {"out": out, "model": model, **found}
 
 

@@ -49,7 +49,7 @@ def calibrate(
 
     Examples:
         peft-spon calibrate --model HuggingFaceTB/SmolLM2-135M --data python-stdlib --sparsity 0.5 --out smol-sparse
-        peft-spon calibrate --model FOLDER --data a.txt b.jsonl --criterion magnitude --out magnitude-sparse
+        peft-spon calibrate --model FOLDER --data a.txt b.jsonl --criterion weighted --out weighted-sparse
         peft-spon calibrate --model ADAPTER --data texts/ --on-sparse --out refitted
 
     Args:
@@ -60,8 +60,8 @@ def calibrate(
         out: folder for the adapter.
         adapter: folder or Hub name of an adapter to calibrate anew, beside its base as --model.
         sparsity: share of every layer's input that S zeroes. Default 0.5, or the adapter's own.
-        criterion: what makes an entry important (weighted, robust, magnitude, relative, topk, wina, rsparse, larosa).
-            Default weighted, or the adapter's own.
+        criterion: what makes an entry important (magnitude, weighted, robust, relative, topk, wina, rsparse, larosa).
+            Default magnitude, or the adapter's own.
         on_sparse: a second pass, on the sparse model, that fits the thresholds to what it sees.
         max_tokens: tokens to look at.
         max_length: tokens per block.
