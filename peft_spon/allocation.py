@@ -24,7 +24,7 @@ from .statistics import Zeros, run
 
 
 # Tokens that each method looks at, unless told otherwise.
-TOKENS = {"kl": 4096, "greedy": 1024, "uniform": 1024}
+TOKENS = {"kl": 4096, "greedy": 1024, "uniform": 4096}
 
 
 @dataclass(frozen=True)
