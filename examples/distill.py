@@ -99,7 +99,7 @@ def main(script: ScriptArguments, training: SponTrainingConfig, model_args: Mode
         eval_dataset=held_out if training.eval_strategy != "no" else None,
         processing_class=tokenizer,
     )
-    if not spon.adapter and spon.allocation != "uniform":
+    if not spon.adapter:
         allocation = allocate(
             trainer.model,
             data[script.dataset_train_split],

@@ -144,9 +144,7 @@ def train(base, tokenizer, recipe: str, sparsity: float, seed: int, texts: list[
         training = SponTrainingConfig("out/study", **{**common, **dials})
     model = get_peft_model(copy.deepcopy(base), config)
     data = Dataset.from_dict({"input_ids": rows.tolist(), "labels": rows.tolist()})
-    method = METHODS.get(recipe, "kl")
-    if method != "uniform":
-        allocate(model, data, method=method, max_length=length, progress=False)
+    allocate(model, data, method=METHODS.get(recipe, "kl"), max_length=length, progress=False)
     trainer = SponTrainer(
         model,
         training,

@@ -45,8 +45,9 @@ class Allocation:
     Attributes:
         method (`str`): `"kl"`, `"greedy"` or `"uniform"`.
         sparsity (`float`): wanted, over all layers, by their weights (or bytes).
-        realised (`float`): on the first tokens of the data, S on every token, layers weighted by their weights.
-        tokens (`int`): tokens on which the method has looked at the layers, over all processes.
+        realised (`float`): on the first tokens of the data, which thresholds were fitted to, S on every token, layers
+            weighted by their weights.
+        tokens (`int`): tokens on which the method has looked at the layers, over all processes for `"kl"`.
         kl, uniform_kl (`float`, *optional*): predicted KL to the dense model in nats per token, with this allocation
             and with every layer alike; a sum over layers, too low where the sparse model is far from the dense one.
         price (`float`, *optional*): what one more point of sparsity costs in predicted KL: the same in every layer
@@ -126,7 +127,7 @@ def allocate(
         adapter_name (`str`, *optional*): which adapter; default: the first active one.
         batch_size (`int`, *optional*, defaults to 1): blocks per batch; memory grows with it as in a training step.
         max_length (`int`, *optional*, defaults to 512): tokens per block.
-        max_tokens (`int`, *optional*): stop after that many tokens; default: 4,096 for `"kl"`, 1,024 for `"greedy"`.
+        max_tokens (`int`, *optional*): stop after that many tokens; default: 4,096, for `"greedy"` 1,024.
         calibration_tokens (`int`, *optional*, defaults to 8192): for an adapter without thresholds.
         text_column (`str`, *optional*, defaults to `"text"`): column with the texts.
         seed (`int`, *optional*, defaults to 0): `"kl"` samples one next token per position.

@@ -176,7 +176,7 @@ def look(
 def refit(
     model: nn.Module, batches: list[Batch], layers: dict[str, SponLayer], name: str, progress: bool | None = None
 ) -> None:
-    """As `calibrate(refit=True)`, but a layer that no token reaches keeps its threshold."""
+    """As `calibrate(refit=True)`, but a layer that few tokens reach, an expert, keeps its threshold."""
     scores = Scores(layers, name)
     look(model, batches, scores, sparse=True, progress=progress)
     set_thresholds(layers, name, scores.summed(all_seen=False))

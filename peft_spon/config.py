@@ -357,9 +357,6 @@ class SponConfig(PeftConfig):
             raise ValueError(f"{path_json_file} is damaged ({error}); save or download the adapter again.") from None
         if not isinstance(found, dict):
             raise ValueError(f"{path_json_file} holds no settings but {found!r:.80}; save or download it again.")
-        version = found.get("peft_spon_version")
-        if version is not None and check_version(version, "peft_spon_version") < Version("0.5"):
-            found.setdefault("criterion", "weighted")  # the default of these versions
         return found
 
     def make_criterion(self) -> Criterion:
@@ -381,8 +378,8 @@ def adapter_card_for_hub(folder: str, name: str) -> None:
         adapter_card(folder, config, config.auto_mapping, name, subfolder)
 
 
-def check_version(version: str, where: str) -> Version:
-    """A version. Raises `ValueError` for what is none, or has a newer minor version than the installed one."""
+def check_version(version: str, where: str) -> None:
+    """Raises `ValueError` for what is no version, or one with a newer minor version than the installed one."""
     try:
         saved, installed = Version(version), Version(__version__)
     except (InvalidVersion, TypeError):
@@ -395,7 +392,6 @@ def check_version(version: str, where: str) -> Version:
             f"This was saved by peft_spon {saved}, newer than the installed {installed}, and may mean something else "
             "here. Upgrade: pip install -U peft_spon"
         )
-    return saved
 
 
 def check_sparsity(sparsity: float, pattern: dict[str, float]) -> None:

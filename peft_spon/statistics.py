@@ -148,20 +148,24 @@ class Scores(Observer):
         """The histograms of all layers, over all processes.
 
         Args:
-            all_seen (`bool`, *optional*, defaults to `True`): `False`: without the layers that no token reached.
+            all_seen (`bool`, *optional*, defaults to `True`): `False`: without the layers that few tokens reached,
+                less than 256 and less than a quarter of what the others saw.
 
         Raises:
             `ValueError`: NaN or infinity, or, with `all_seen`, a layer that no token reached.
         """
+        # A layer that was not called may be offloaded, on no device.
+        device = next((histogram.counts.device for histogram in self.histograms.values()), torch.device("cpu"))
+        tokens = {}
         for name, layer in self.layers.items():
-            if name not in self.histograms:
-                self.histograms[name] = ScoreHistogram(next(layer.parameters()).device)
-            histogram = self.histograms[name]
+            histogram = self.histograms.setdefault(name, ScoreHistogram(device))
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(histogram.counts)
-            if all_seen or histogram.total:
+            tokens[name] = histogram.total / layer.in_features
+            if all_seen or tokens[name]:
                 check_seen(name, histogram.total, histogram.non_finite)
-        return {name: histogram for name, histogram in self.histograms.items() if histogram.total}
+        enough = 0 if all_seen else min(256, max(tokens.values()) / 4)
+        return {name: self.histograms[name] for name in self.layers if tokens[name] >= max(enough, 1)}
 
 
 class Moments(Observer):

@@ -219,11 +219,10 @@ def measure(
     minutes = _Minutes()
     size = {"max_tokens": protocol.calibration_tokens, "max_length": protocol.block}
     calibrate(model, _batches(train), progress=False, **size)
-    if case.allocation != "uniform":
-        rows = [{"input_ids": row[None]} for row in train]
-        allocate(
-            model, rows, method=case.allocation, max_tokens=protocol.allocation_tokens, seed=case.seed, progress=False
-        )
+    rows = [{"input_ids": row[None]} for row in train]
+    allocate(
+        model, rows, method=case.allocation, max_tokens=protocol.allocation_tokens, seed=case.seed, progress=False
+    )
     fitting = minutes()
     if protocol.steps:
         train_anchors(model, train[: protocol.steps * protocol.batch], tokenizer, case.seed, protocol)

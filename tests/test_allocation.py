@@ -327,8 +327,11 @@ def test_models_without_logits_and_broken_gradients(llama):
         quiet(headless, batches())
 
 
-def test_layers_that_no_token_reaches_take_part_as_they_are():
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_layers_that_no_token_reaches_take_part_as_they_are(offloaded):
     model = adapted()
+    if offloaded:
+        cpu_offload(model, execution_device="cpu")
     before = thresholds(model)
     for module in model.modules():
         if type(module).__name__ == "LlamaMLP":
@@ -341,6 +344,19 @@ def test_layers_that_no_token_reaches_take_part_as_they_are():
     assert unused == {0.5}
     assert len(set(found.values())) > 2
     assert total(model) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_a_layer_that_few_tokens_reach_keeps_its_threshold():
+    """Two tokens of 96 would make it theirs."""
+    model = adapted()
+    before = thresholds(model)
+    for module in model.modules():
+        if type(module).__name__ == "LlamaMLP":
+            module.forward = lambda x, own=module.forward: torch.cat([own(x[:, :1]), x[:, 1:]], 1)
+    quiet(model, [inputs("llama", rows=2, tokens=48)], method="uniform")
+    assert {name for name, value in thresholds(model).items() if value == before[name]} == {
+        name for name in before if ".mlp." in name
+    }
 
 
 def test_padding_counts_for_nothing():

@@ -42,7 +42,6 @@ def test_bad_settings_say_what_which_value_and_the_remedy(kwargs, message):
 
 def test_the_default_criterion():
     assert SponConfig().criterion == "magnitude"
-    assert SponConfig(peft_spon_version="0.1.0", criterion="magnitude").criterion == "magnitude"
 
 
 def test_index_zero_in_layers_to_transform_counts_as_set():

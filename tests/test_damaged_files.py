@@ -39,18 +39,6 @@ def test_adapters_of_every_released_format_load(folder):
     assert json.loads((folder / "adapter_config.json").read_text())["peft_spon_version"] in folder.name
 
 
-@pytest.mark.parametrize("folder", sorted(FIXTURES.glob("adapter-*")), ids=lambda folder: folder.name)
-def test_an_old_adapter_that_names_no_criterion_keeps_the_default_of_its_version(folder, tmp_path):
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    edit_json(tmp_path / "adapter_config.json", lambda values: values.pop("criterion"))
-    assert SponConfig.from_pretrained(tmp_path).criterion == "weighted"
-    expected = load_file(folder / "expected.safetensors")
-    model = PeftModel.from_pretrained(by_formula(MODELS["llama"]()), tmp_path).eval()
-    with torch.no_grad():
-        found = model(expected["input_ids"]).logits
-    torch.testing.assert_close(found, expected["logits"], rtol=1e-4, atol=1e-4)
-
-
 def trained(seed):
     torch.manual_seed(seed)
     fields = {"sparsity": 0.4 + 0.1 * seed, "modules_to_save": ["lm_head"], "prefill": "sparse", "init_weights": False}

@@ -127,8 +127,13 @@ def test_any_number_of_rows(dtype):
             assert error(y, exact(z[:rows], wide, bias)) <= LIMIT[dtype]
     for rows in (1, 40):
         x = z[:rows].float().requires_grad_()
-        kernels.int8_linear(x, weight_t, scale, bias).sum().backward()
+        trained = bias.clone().requires_grad_()
+        kernels.int8_linear(x, weight_t, scale, trained).sum().backward()
         assert torch.allclose(x.grad, wide.sum(1).float().expand_as(x), atol=1e-4)
+        alone = bias.clone().requires_grad_()
+        kernels.int8_linear(x.detach(), weight_t, scale, alone).sum().backward()
+        assert torch.equal(trained.grad, torch.full_like(bias, rows))
+        assert torch.equal(alone.grad, trained.grad)
 
 
 def test_ops_are_well_registered():

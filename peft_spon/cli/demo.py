@@ -99,14 +99,9 @@ def demo(
     spon.print_trainable_parameters()
     print(calibrate(spon, train_texts, tokenizer, max_tokens=8192, **size))
 
-    heading("3. Plain magnitude sparsity, for comparison: what there is to repair")
-    spon.add_adapter("magnitude", SponConfig(sparsity=sparsity, criterion="magnitude", anchor_modules=[]))
-    calibrate(spon, train_texts, tokenizer, adapter_name="magnitude", max_tokens=65536, **size)
-    spon.set_adapter("magnitude")
+    heading("3. Plain magnitude sparsity, every layer alike: what there is to repair")
     magnitude = evaluate(spon, held_out, tokenizer, max_tokens=eval_tokens, **size)
     print(magnitude)
-    spon.delete_adapter("magnitude")
-    spon.set_adapter("default")
 
     heading("4. Spread the sparsity: more where it costs little, less where it costs much")
     print(allocate(spon, train_texts, tokenizer, max_length=max_length))

@@ -260,7 +260,7 @@ def train(
         loaded = with_adapter(before, {"sparsity": sparsity, "criterion": criterion})
     rows = rows_of(data, tokenizer, text_column, tokens_of_training(arguments))
     if not is_begun:
-        if is_new and allocation != "uniform":
+        if is_new:
             print(spread(loaded, rows, tokenizer, allocation, arguments))
         loaded.save_pretrained(start)
     held_out = None if eval_data is None else rows_of(eval_data, tokenizer, text_column, held_out=True)

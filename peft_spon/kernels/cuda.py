@@ -19,15 +19,17 @@ _lock = threading.Lock()
 
 
 @functools.cache
-def active_kernel() -> Kernel:
+def active_kernel(device: torch.device) -> Kernel:
     if importlib.util.find_spec("triton") is None:
         return Kernel("torch", "triton is not installed: every weight is read, no faster than dense")
+    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability(device)) < (8, 0):
+        return Kernel("torch", f"the kernel needs compute capability 8.0, this GPU has {found[0]}.{found[1]}")
     return Kernel("triton", "compiled by triton on first use")
 
 
 def has_kernel(device: torch.device) -> bool:
     """Whether the Triton kernel serves a device."""
-    return active_kernel().name == "triton" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return active_kernel(device).name == "triton"
 
 
 def make_ready(device: torch.device) -> None:

@@ -180,7 +180,8 @@ def int8_linear(
         sparsity (`float`, *optional*, defaults to 0.5): share of zeros to be expected in a row of z.
     """
     rows = z.numel() // z.shape[-1] if z.shape[-1] else 0
-    if (z.is_cpu or z.is_cuda) and rows <= MOST_ROWS and not (torch.is_grad_enabled() and z.requires_grad):
+    differentiates = torch.is_grad_enabled() and (z.requires_grad or (bias is not None and bias.requires_grad))
+    if (z.is_cpu or z.is_cuda) and rows <= MOST_ROWS and not differentiates:
         product = sparse_gemv if z.is_cuda or skips(rows, sparsity) else dense_gemv
         return product(z, weight_t, bias, weight_scale)
     return reference.blockwise(z, weight_t, bias, weight_scale)
@@ -214,5 +215,5 @@ def active_kernel(device: torch.device | str = "cpu", dtype: torch.dtype = torch
     if device.type == "cpu":
         return cpu.active_kernel()
     if device.type == "cuda":
-        return cuda.active_kernel()
+        return cuda.active_kernel(device)
     return cpu.Kernel("torch", f"there is no kernel for {device.type}")

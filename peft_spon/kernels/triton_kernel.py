@@ -205,6 +205,11 @@ class Plan(NamedTuple):
     splits: int
     warps: int
 
+    @property
+    def block_partial(self) -> int:
+        """Partial sums of each column that are added up at a time, at most."""
+        return 4096 * self.warps // self.block_out
+
 
 def plan(rows: int, n_in: int, n_out: int, itemsize: int, processors: int) -> Plan:
     """For one row, eight programs per processor, of one warp and 64 inputs or more. Measured on an H100."""
@@ -283,7 +288,7 @@ def launch(
         BLOCK_OUT=cut.block_out,
         BLOCK_LIST=cut.block_list,
         BLOCK_MEAN=block_mean(rows, cut.warps),
-        BLOCK_PARTIAL=4096 * cut.warps // cut.block_out,
+        BLOCK_PARTIAL=cut.block_partial,
         num_warps=cut.warps,
     )
     return y
