@@ -136,6 +136,11 @@ def test_any_number_of_rows(dtype):
         assert torch.equal(alone.grad, trained.grad)
 
 
+def test_which_devices_read_8_bits():
+    assert kernels.reads_int8(torch.device("cpu")) == kernels.active_kernel().name.startswith("c-")
+    assert not kernels.reads_int8(torch.device("mps"))
+
+
 def test_ops_are_well_registered():
     z, weight_t, bias, scale = operands(2, 48, 40, torch.bfloat16)
     torch.library.opcheck(torch.ops.peft_spon.sparse_gemv.default, (z, weight_t, bias, scale))

@@ -189,7 +189,9 @@ def int8_linear(
 
 def reads_int8(device: torch.device) -> bool:
     """Whether a kernel reads weights of 8 bits as they are."""
-    return cuda.has_kernel(device) if device.type == "cuda" else cpu.active_kernel().name.startswith("c-")
+    if device.type == "cuda":
+        return cuda.has_kernel(device)
+    return device.type == "cpu" and cpu.active_kernel().name.startswith("c-")
 
 
 def make_ready(device: torch.device) -> None:
