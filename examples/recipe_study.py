@@ -67,7 +67,7 @@ VARIANTS = {
     "repair LoRA, rate 1e-2": ({}, {"repair_lora": 16, "repair_lora_learning_rate": 1e-2}),
 }
 # How the sparsity is spread over the layers before the training; by default "kl".
-METHODS = {"every layer alike": "uniform", "greedy allocation": "greedy", "published": "uniform"}
+METHODS = {"every layer alike": "uniform", "greedy allocation": "greedy"}
 STUDIES = {"main": ["default", "published"], "variants": list(VARIANTS)}
 
 
@@ -144,7 +144,8 @@ def train(base, tokenizer, recipe: str, sparsity: float, seed: int, texts: list[
         training = SponTrainingConfig("out/study", **{**common, **dials})
     model = get_peft_model(copy.deepcopy(base), config)
     data = Dataset.from_dict({"input_ids": rows.tolist(), "labels": rows.tolist()})
-    allocate(model, data, method=METHODS.get(recipe, "kl"), max_length=length, progress=False)
+    if recipe != "published":  # its thresholds are those of the dense model
+        allocate(model, data, method=METHODS.get(recipe, "kl"), max_length=length, progress=False)
     trainer = SponTrainer(
         model,
         training,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .budget import FINE, METHODS, cap_at, predicted_kl, split
-from .calibration import calibrate, needs_moments, refit
+from .calibration import calibrate, needs_moments, refit_thresholds
 from .checksums import tensors_checksum
 from .data import Batch, check_arguments, check_sizes, count_tokens, iter_batches, to_device
 from .greedy import greedy_paths
@@ -187,7 +187,7 @@ def allocate(
             set_sparsity(model, sparsity, None if allocation else {}, name)
             if config.make_criterion().selects == "threshold":
                 # The sparse model's inputs are not the dense one's: what is zeroed would not be what was asked for.
-                refit(model, batches, layers, name, progress)
+                refit_thresholds(model, batches, layers, name, progress)
             return report(looked, method, sparsity, allocation)
     except BaseException:
         for key, layer in layers.items():

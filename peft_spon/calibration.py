@@ -20,6 +20,7 @@ from .statistics import Moments, Observer, ScoreHistogram, Scores, watch
 
 
 logger = logging.getLogger(__name__)
+SPARSE = "calibrating on the sparse model"  # a progress bar's label
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def calibrate(
             max_tokens=max_tokens,
             text_column=text_column,
         )
-        return look(model, batches, observer, sparse, progress, max_tokens)
+        with every_token_sparse(model) if sparse else dense_mode(model):
+            return watch(model, batches, observer, SPARSE if sparse else "calibrating", progress, max_tokens)
 
     def fit(sparse: bool) -> int:
         scores = Scores(layers, name)
@@ -158,27 +160,14 @@ def calibrate(
     return result
 
 
-def look(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    observer: Observer,
-    sparse: bool,
-    progress: bool | None = None,
-    max_tokens: int | None = None,
-) -> int:
-    """Show an observer what the layers see in the dense or the sparse model; the number of tokens."""
-    with every_token_sparse(model) if sparse else dense_mode(model):
-        label = "calibrating on the sparse model" if sparse else "calibrating"
-        return watch(model, batches, observer, label, progress, max_tokens)
-
-
 @torch.no_grad()
-def refit(
+def refit_thresholds(
     model: nn.Module, batches: list[Batch], layers: dict[str, SponLayer], name: str, progress: bool | None = None
 ) -> None:
     """As `calibrate(refit=True)`, but a layer that few tokens reach, an expert, keeps its threshold."""
     scores = Scores(layers, name)
-    look(model, batches, scores, sparse=True, progress=progress)
+    with every_token_sparse(model):
+        watch(model, batches, scores, SPARSE, progress)
     set_thresholds(layers, name, scores.summed(all_seen=False))
 
 

@@ -118,8 +118,8 @@ def why_not(site: Site, counts: Counter) -> str | None:
 def why_no_copy(site: Site) -> str | None:
     """Why a layer that can skip weights cannot read a copy of them in 8 bits, or None."""
     weight = site.plain_layer().weight
-    kernel = active_kernel(weight.device, weight.dtype)
     if not reads_int8(weight.device):
+        kernel = active_kernel(weight.device, weight.dtype)
         return f"weights of 8 bits need the C kernel or Triton's, and here is {kernel.name} ({kernel.origin})"
     if isinstance(site, SponLayer) and not site.is_w_alone():
         return "a LoRA beneath is not merged, and is computed beside the layer's own weights"

@@ -246,7 +246,8 @@ def launch(
 ) -> torch.Tensor:
     """y (rows, out) of x (rows, in), contiguous, 1 to 8 rows; without `tau`, x is sparse already.
 
-    `counters`, int32 zeros, are left as zeros. `cut`: another plan than that of the shape.
+    `weight_t` (in, out) has x's dtype, or is int8 with `weight_scale` (out,), fp32. `counters`, int32 zeros, are left
+    as zeros. `cut`: another plan than that of the shape.
     """
     (rows, n_in), n_out = x.shape, weight_t.shape[1]
     bias = None if bias is None else bias.contiguous()
