@@ -12,7 +12,8 @@ them), and a row per sparsity the prepared adapter with anchors and gains (S on 
 medians. Thresholds come from a calibration on tokens that the model generated itself; `zeros` is what was realised in
 decoding. `limit` is what reading less could give at best: all bytes of weights that a step reads, over those that are
 left. On a GPU (`--device cuda`) a step is the replay of a CUDA graph with a static cache, since Python alone takes
-longer than the GPU does.
+longer than the GPU does; with `--static` it is that of `generate(cache_implementation="static")`, which transformers
+compiles there (a minute for each model and sparsity; `own dense` is left out).
 """
 
 import argparse
@@ -31,7 +32,7 @@ import transformers as tf
 from bench_layer import read_bandwidth
 from peft import PeftModel, get_peft_model
 
-from peft_spon import SponConfig, calibrate, kernels
+from peft_spon import SponConfig, calibrate, kernels, prepare_for_decode
 from peft_spon.evaluation.speed import Speed, measure_speed
 from peft_spon.sites import resolve_sites, sites
 from peft_spon.statistics import Zeros
@@ -110,6 +111,24 @@ def realised(model: PeftModel, prompt: torch.Tensor) -> float:
             zeros.start_batch(batch)
             token = model(**batch, past_key_values=cache).logits[:, -1:].argmax(-1)
     return zeros.overall()
+
+
+def merged(model: PeftModel) -> tf.PreTrainedModel:
+    """What users ship: the model with the adapter merged, prepared."""
+    found = copy.deepcopy(model).merge_and_unload()
+    prepare_for_decode(found)
+    return found
+
+
+def measure_static(models: dict[str, Callable], prompts: torch.Tensor, tokens: int, rounds: int) -> dict[str, Speed]:
+    """As `measure_speed`, of the compiled steps of `generate`; the first turn, which compiles, is not counted."""
+
+    def now() -> float:
+        if prompts.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return measure_speed(models, prompts, tokens, rounds, now, cache_implementation="static")
 
 
 def own_dense(base: tf.PreTrainedModel, model: PeftModel) -> tf.PreTrainedModel:
@@ -212,6 +231,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--int8", action="store_true", help="also with copies of the weights in 8 bits")
+    parser.add_argument("--merged", action="store_true", help="also merged, at the first sparsity")
+    parser.add_argument("--static", action="store_true", help="on a GPU: compiled steps, as transformers makes them")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cpu-time", action="store_true", help="for busy machines: CPU time, one thread only")
     parser.add_argument("--json", help="write all records there")
@@ -228,10 +249,11 @@ def main():
     prompts = prompts.to(arguments.device)
     model = sparse_model(copy.deepcopy(stock), arguments, prompts[:1])
     print(summary := model.prepare_for_decode())
-    dense, sparse = {"own dense": own_dense(stock, model)}, {"": model}
+    dense, sparse = {} if arguments.static else {"own dense": own_dense(stock, model)}, {"": model}
     if arguments.int8:
         sparse[" int8"] = in_int8(model)
-        dense["own dense int8"] = own_dense(stock, sparse[" int8"])
+        if dense:
+            dense["own dense int8"] = own_dense(stock, sparse[" int8"])
     inside = sum(site.plain_layer().weight.nbytes for site in sites(model).values())
     embedding = stock.get_input_embeddings().weight
     is_tied = stock.get_output_embeddings().weight is embedding
@@ -248,16 +270,21 @@ def main():
         return turned
 
     measure = functools.partial(measure_speed, now=now) if arguments.device == "cpu" else measure_graphs
-    names = {f"{s:.0%}{kind}": (model, s) for kind, model in sparse.items() for s in arguments.sparsities}
+    if arguments.static:
+        measure = measure_static
+    names = {f"{s:.0%}{kind}": (at(model, s), s) for kind, model in sparse.items() for s in arguments.sparsities}
+    if arguments.merged:
+        model.set_sparsity(first := arguments.sparsities[0])
+        names[f"{first:.0%} merged"] = ((lambda found: lambda: found)(merged(model)), first)
     records = []
     print("rows              ms/token  tokens/s  GB/s   zeros  vs stock  vs own dense  limit   prompt ms")
     for rows in arguments.rows:
         models = {"stock": lambda: stock, **{name: lambda model=model: model for name, model in dense.items()}}
-        models |= {name: at(*which) for name, which in names.items()}
+        models |= {name: ready for name, (ready, _) in names.items()}
         speeds = measure(models, prompts[:rows], arguments.tokens, arguments.rounds)
         for name, speed in speeds.items():
-            which, sparsity = names.get(name, (None, 0.0))
-            zeros = realised(at(which, sparsity)(), prompts[:rows]) if which else 0.0
+            ready, sparsity = names.get(name, (None, 0.0))
+            zeros = realised(ready(), prompts[:rows]) if ready else 0.0
             width = 1 / DTYPES[arguments.dtype].itemsize if name.endswith("int8") else 1.0
             read = inside * width * (1 - zeros**rows) + outside
             record = {
@@ -269,7 +296,7 @@ def main():
                 "prompt milliseconds": speed.prompt * 1e3,
                 "GB/s": read / speed.token / 1e9,
                 "vs stock": speeds["stock"].token / speed.token,
-                "vs own dense": speeds["own dense"].token / speed.token,
+                "vs own dense": speeds["own dense"].token / speed.token if dense else float("nan"),
                 "limit": (inside + outside) / read,
             }
             records.append(record)

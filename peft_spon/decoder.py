@@ -46,6 +46,9 @@ class Decoder:
             bias is without b then.
         state (`dict`): the tensors of S.
         made_of (`list`): modules whose own tensors, and places for some, all that was made of.
+
+    Attributes:
+        constants (`tuple`, *optional*): what [`settled_step`] takes; with S in the kernel and no LoRA beneath.
     """
 
     def __init__(
@@ -78,6 +81,12 @@ class Decoder:
         pays = self.fused is not None and self.device.type == "cpu"
         rows = [n for n in range(1, MOST_ROWS + 1) if pays or skips(n, sparsifier.zeroed_share)]
         self.most_entries = len(rows) * sparsifier.n_in if is_served else 0
+        self.constants = None
+        if self.fused is not None and not running.beneath:
+            scores = {"column_scale": None, "relative": 0, **sparsifier.criterion.threshold_gemv(state)}
+            served = self.most_entries, self.dtype, None if int8 is None else self.weight_t
+            selection = state["threshold"], scores["column_scale"], scores["relative"]
+            self.constants = *served, self.weight_scale, *selection, scale, bias
         self.tensors = [
             (held, name, tensor, version_of(tensor))
             for module in made_of
@@ -127,6 +136,10 @@ class Decoding:
     """Mixin of the sparse layers: what [`prepare_for_decode`] makes of them. In front of their other classes."""
 
     decoder: Decoder | None = None
+    # The decoder's constants, while nothing has been set here since it was found to be right. All that torch.compile
+    # sees of a step: it asks at every step whether what it has read is as it was, and to ask that of the decoders of
+    # 200 layers took longer than the step on a GPU.
+    settled: tuple | None = None
     is_prepared = False
     decode_dtype: torch.dtype | None = None  # int8: prepared to read a copy of W in 8 bits
     _int8: Int8Weight | None = None
@@ -150,29 +163,59 @@ class Decoding:
         """Its constants."""
         raise NotImplementedError
 
+    def weight_t_now(self) -> torch.Tensor:
+        """W^T, shape (in, out), of a layer that is laid out for decoding and has no LoRA beneath."""
+        raise NotImplementedError
+
+    def is_sparse_from_the_first(self, name: str | None) -> bool:
+        """Whether S acts on every token, wherever in the prompt it is."""
+        return self._every_token or self.settings(name).prefill in ("sparse", 0)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Whatever is set here may be what the decoder was made for: the adapters in use, a switch, a dial."""
+        super().__setattr__(name, value)
+        vars(self)["settled"] = None
+
     def decode_step(self, x: torch.Tensor) -> torch.Tensor | None:
         """The layer's output where x is the input of a decode step that the decoder serves, else None."""
-        if (
-            torch.is_grad_enabled()
-            or torch.is_autocast_enabled(x.device.type)
-            or torch.jit.is_tracing()
-            or (running := self.running_now()) is None
-        ):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or torch.jit.is_tracing():
             return None
-        decoder, is_compiling = self.decoder, torch.compiler.is_compiling()
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling and self.settled is not None:
+            copy_t = self.settled[2]
+            return settled_step(self.settled, self.weight_t_now() if copy_t is None else copy_t, x)
+        if (decoder := self.right_decoder(is_compiling)) is None or not decoder.serves(x):
+            return None
+        first = decoder.running.names[0]
+        if self.first_sparse_token(x, first) != 0:
+            return None
+        if is_compiling:
+            weight_t = self.plain_layer().weight_t if self.decode_dtype is None else None
+            return decoder.general(x, self.sparsifier_state(first), weight_t)
+        return decoder(x)
+
+    def right_decoder(self, is_compiling: bool) -> Decoder | None:
+        """The decoder of what the layer computes now, made where there is none; compiled code makes none."""
+        decoder = self.decoder
+        if self.settled is not None and decoder.is_fresh():
+            return decoder
+        if (running := self.running_now()) is None:
+            return None
         if decoder is None or decoder.running != running or not (is_compiling or decoder.is_fresh()):
             if is_compiling:
                 return None
             if self.decode_dtype is None:
                 lay_out(self.plain_layer())  # another weight may have been put there
             decoder = self.decoder = self.make_decoder(running)
-        first = running.names[0]
-        if not decoder.serves(x) or self.first_sparse_token(x, first) != 0:
-            return None
-        if is_compiling:
-            weight_t = self.plain_layer().weight_t if self.decode_dtype is None else None
-            return decoder.general(x, self.sparsifier_state(first), weight_t)
-        return decoder(x)
+        if not is_compiling:
+            self.settle()
+        return decoder
+
+    def settle(self) -> None:
+        """Note that the decoder is right."""
+        decoder = self.decoder
+        if decoder.constants is not None and self.is_sparse_from_the_first(decoder.running.names[0]):
+            vars(self)["settled"] = decoder.constants
 
     def int8_weight(self) -> Int8Weight | None:
         """The copy of W in 8 bits, where the layer is prepared so, made anew where W has changed.
@@ -203,6 +246,7 @@ class Decoding:
             self.is_prepared, self.decode_dtype = True, weight_dtype
         if (running := self.running_now()) is not None:
             self.decoder = self.make_decoder(running)
+            self.settle()
 
     def restore_decode(self) -> None:
         """Undo [`Decoding.prepare_decode`]."""
@@ -219,6 +263,22 @@ class Decoding:
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.decoder = None
         super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any):
+        self.decoder = None  # another device, another dtype
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "settled": None}  # a copy of the layer makes its own
+
+
+def settled_step(constants: tuple, weight_t: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+    """A layer's output of x (..., in) from a decoder's constants; None: x is not what they serve."""
+    most_entries, dtype, _, weight_scale, tau, column_scale, relative, gain, bias = constants
+    fits = x.dtype is dtype and x.device == weight_t.device and x.shape[-1] == weight_t.shape[0]
+    if not fits or not 0 < x.numel() <= most_entries:
+        return None
+    return threshold_gemv(x, weight_t, tau, column_scale, gain, bias, relative, weight_scale)
 
 
 def constant_bias(*parts: torch.Tensor | None) -> torch.Tensor | None:

@@ -70,7 +70,7 @@ class SponLayer(BaseTunerLayer):
         sparsifier = Sparsifier(criterion, self.in_features, self.out_features, sparsity, config.calibrated)
         self.adapters_run.discard(adapter_name)
         self._state_seen.discard(adapter_name)
-        self.spon_settings[adapter_name] = LayerSettings(sparsifier, config.prefill, config.anchor_space)
+        self._set_settings(adapter_name, LayerSettings(sparsifier, config.prefill, config.anchor_space))
         if has_anchor:
             width = self.in_features if config.anchor_space == "input" else self.out_features
             self.spon_anchor[adapter_name] = nn.Parameter(initial_vector(width, config.init_weights))
@@ -91,7 +91,7 @@ class SponLayer(BaseTunerLayer):
             if source in held:
                 held[adapter_name].copy_(held[source])
         self.set_state(adapter_name, {name: tensor.clone() for name, tensor in self.sparsifier_state(source).items()})
-        self.spon_settings[adapter_name] = self.spon_settings[source]
+        self._set_settings(adapter_name, self.spon_settings[source])
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Device only: PEFT's version also casts to the base layer's dtype, and thresholds and anchors are fp32.
@@ -124,6 +124,10 @@ class SponLayer(BaseTunerLayer):
     def settings(self, adapter_name: str) -> LayerSettings:
         """What an adapter asks of this layer."""
         return self.spon_settings[adapter_name]
+
+    def _set_settings(self, adapter_name: str, settings: LayerSettings) -> None:
+        # A new dict, not a changed one: a prepared layer notes what is set on it.
+        self.spon_settings = {**self.spon_settings, adapter_name: settings}
 
     def sparsifier(self, adapter_name: str) -> Sparsifier:
         """S of an adapter."""
@@ -162,7 +166,7 @@ class SponLayer(BaseTunerLayer):
         settings = self.spon_settings[adapter_name]
         if calibrated is not None:
             sparsifier = replace(settings.sparsifier, calibrated=calibrated)
-            self.spon_settings[adapter_name] = replace(settings, sparsifier=sparsifier)
+            self._set_settings(adapter_name, replace(settings, sparsifier=sparsifier))
 
     def _make_container(self, name: str) -> None:
         if name not in self.state_names:
@@ -175,7 +179,8 @@ class SponLayer(BaseTunerLayer):
 
     def restore_state(self, adapter_name: str, saved: tuple[LayerSettings, dict[str, torch.Tensor]]) -> None:
         """Settings and state of an adapter as they were; what has been added since goes."""
-        self.spon_settings[adapter_name], tensors = saved
+        settings, tensors = saved
+        self._set_settings(adapter_name, settings)
         for name in self.state_names:
             held = getattr(self, f"spon_{name}")
             if adapter_name in held:
@@ -194,7 +199,7 @@ class SponLayer(BaseTunerLayer):
     def set_sparsity(self, adapter_name: str, sparsity: float) -> None:
         """Change the sparsity of an adapter; a calibrated threshold is read off the stored quantile table."""
         sparsifier, state = self.sparsifier(adapter_name).at(sparsity, self.sparsifier_state(adapter_name))
-        self.spon_settings[adapter_name] = replace(self.spon_settings[adapter_name], sparsifier=sparsifier)
+        self._set_settings(adapter_name, replace(self.spon_settings[adapter_name], sparsifier=sparsifier))
         self.set_state(adapter_name, state)
 
     def set_quantiles(self, adapter_name: str, quantiles: torch.Tensor) -> None:

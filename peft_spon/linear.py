@@ -19,6 +19,7 @@ from .layer import SponLayer
 from .offload import execution_device
 from .repair import Repair, repaired_linear
 from .sparse_linear import make_sparse, merged_specs
+from .transposed import weight_t_of
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,10 @@ class SponLinear(Decoding, nn.Module, SponLayer):
     def plain_layer(self) -> nn.Module:
         """The linear layer that holds W, in LoRA or not."""
         return self.get_base_layer()
+
+    def weight_t_now(self) -> torch.Tensor:
+        """W^T of the layer beneath."""
+        return weight_t_of(self.base_layer)
 
     def running_now(self) -> Running | None:
         """The adapters in use; None with S or anchors off."""

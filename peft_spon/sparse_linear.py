@@ -17,6 +17,7 @@ from .criteria import Sparsifier, Spec
 from .decoder import Decoder, Decoding, Running, constant_bias
 from .offload import align_hooks
 from .repair import Repair, repaired_linear
+from .transposed import weight_t_of
 
 
 # torch 2.6 does not say.
@@ -161,6 +162,10 @@ class SparseMixin(Decoding):
     def plain_layer(self) -> nn.Module:
         """The layer itself."""
         return self
+
+    def weight_t_now(self) -> torch.Tensor:
+        """W^T."""
+        return weight_t_of(self)
 
     def running_now(self) -> Running | None:
         """S; None with S or anchors off."""

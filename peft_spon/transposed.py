@@ -68,6 +68,11 @@ def lay_out(layer: nn.Module) -> None:
         layer.weight.data = transposed_storage(layer.weight.data)
 
 
+def weight_t_of(layer: nn.Module) -> torch.Tensor:
+    """W^T, shape (in, out). A property of its class costs compiled code more at every step than reading it."""
+    return layer.weight if isinstance(layer, Conv1D) else layer.weight.t()
+
+
 def restore_weight(layer: nn.Module, wrap: Wrap) -> None:
     """Undo [`transpose_weight`]."""
     change_class(layer, next(wrap(plain) for plain, new in TRANSPOSED.items() if wrap(new) is type(layer)))

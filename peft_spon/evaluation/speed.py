@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,6 +55,7 @@ def measure_speed(
     new_tokens: int = 32,
     rounds: int = 5,
     now: Callable[[], float] = time.perf_counter,
+    **generate: Any,
 ) -> dict[str, Speed]:
     """
     Time per token of greedy `generate`, the models taking turns, so that a busy machine slows all of them.
@@ -65,6 +67,7 @@ def measure_speed(
         new_tokens (`int`, *optional*, defaults to 32): of each turn; end-of-text tokens are passed over.
         rounds (`int`, *optional*, defaults to 5): turns of each; there is one more, which is not counted.
         now (`Callable`, *optional*): the clock, in seconds; `time.process_time` with one thread, on a busy machine.
+        generate: more arguments of `generate`, such as `cache_implementation="static"`.
 
     Returns:
         `dict[str, Speed]`: by name.
@@ -75,7 +78,7 @@ def measure_speed(
     check_turns(*input_ids.shape, new_tokens, rounds)
     steps, prompts = {name: [] for name in models}, {name: [] for name in models}
     # One by one: of a GenerationConfig, None would give way to the model's own end of text.
-    greedy = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    greedy = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **generate}
     for turn in range(rounds + 1):
         for name, model in models.items():
             ready, clock = model(), _Clock(now)
