@@ -107,6 +107,6 @@ def train_lora(model, tokenizer, rows: Dataset, steps: int, seed: int = 0, rate:
 
 def train_anchors(model, tokenizer, rows: Dataset, steps: int, seed: int = 0) -> None:
     """Distillation: teacher is the same model, with its LoRA if it has one, and SPON off."""
-    common = {"seed": seed, "logging_steps": steps, "recalibrations": 4}
+    common = {"seed": seed, "logging_steps": steps}
     settings = SponTrainingConfig("out/spon", max_steps=steps, **common, **QUIET)
     SponTrainer(model, settings, train_dataset=rows, processing_class=tokenizer).train()

@@ -162,7 +162,7 @@ def calibrate(
 
 @torch.no_grad()
 def refit_thresholds(
-    model: nn.Module, batches: list[Batch], layers: dict[str, SponLayer], name: str, progress: bool | None = None
+    model: nn.Module, batches: Iterable[Batch], layers: dict[str, SponLayer], name: str, progress: bool | None = None
 ) -> None:
     """As `calibrate(refit=True)`, but a layer that few tokens reach, an expert, keeps its threshold."""
     scores = Scores(layers, name)

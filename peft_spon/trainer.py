@@ -19,11 +19,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .batches import calibration_data, first_batches, shows_progress
-from .calibration import calibrate
+from .calibration import calibrate, refit_thresholds
 from .cards import CITATION, TITLE, trainer_card
 from .comparison import Comparison
 from .config import SponConfig
-from .data import check_training_data
+from .data import check_training_data, iter_batches
 from .distillation import SelfDistillation, noisy_embedding, without_dropout
 from .distilling import DistillingTrainer
 from .divergence import (
@@ -247,7 +247,11 @@ class SponTrainer(DistillingTrainer):
     def _recalibrate(self) -> None:
         tokens = self.args.calibration_tokens
         logger.info(f"fitting the thresholds anew to the sparse model, on {tokens} tokens of the training data")
-        calibrate(self.model, refit=True, **{**self._rows_for_thresholds(), "progress": False})
+        found = self._rows_for_thresholds()
+        batches = iter_batches(**{key: found[key] for key in ("data", "batch_size", "max_length", "max_tokens")})
+        name = self.adapter_name
+        layers = {key: layer for key, layer in spon_layers(self.model).items() if name in layer.spon_settings}
+        refit_thresholds(self.model, batches, layers, name, progress=False)
 
     def _rows_for_thresholds(self) -> dict[str, Any]:
         """Arguments of `calibrate`; a data set in random order, as it is trained on: its first rows may be alike."""

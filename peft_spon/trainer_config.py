@@ -45,10 +45,11 @@ class SponTrainingConfig(SFTConfig):
             Divides the logits of teacher and student in the KL divergence.
         calibration_tokens (`int`, *optional*, defaults to `8192`):
             Tokens of the training data on which an adapter without thresholds is calibrated before the first step.
-        recalibrations (`int`, *optional*, defaults to `0`):
+        recalibrations (`int`, *optional*, defaults to `4`):
             How often, evenly spread over the training, the thresholds are fitted anew to the activations of the
             sparse model as it is by then, on `calibration_tokens` of the training data. What a layer sees changes with
-            the anchors before it, so this keeps the realised sparsity near the wanted one.
+            the anchors before it, so this keeps the realised sparsity at the wanted one. 0: the thresholds stay as
+            the training finds them.
         report_to_html (`bool`, *optional*, defaults to `False`):
             After the last step measure a report, on held-out data if there is any, and write it as `report.html` into
             `output_dir`; see docs/report.md. For trainings in one process.
@@ -88,10 +89,10 @@ class SponTrainingConfig(SFTConfig):
         },
     )
     recalibrations: int = field(
-        default=0,
+        default=4,
         metadata={
             "help": "How often, evenly spread over the training, the thresholds are fitted anew to the activations of "
-            "the sparse model."
+            "the sparse model; 0 for never."
         },
     )
     report_to_html: bool = field(
@@ -157,6 +158,7 @@ class SponTrainingConfig(SFTConfig):
             "learning_rate": 1e-5,
             "relative_learning_rate": False,
             "warmup_share": 0.0,
+            "recalibrations": 0,
             "max_length": 128,
             "per_device_train_batch_size": 8,
             "num_train_epochs": 10,

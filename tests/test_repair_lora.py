@@ -177,7 +177,8 @@ def test_the_teacher_is_the_dense_model_without_it_and_it_helps(task, tmp_path, 
         before = {name.replace("base_layer.", ""): value for name, value in state(model).items()}
         with torch.no_grad(), dense_mode(model):
             dense = logits(model.eval(), "llama")
-        trainer = trainer_of("spon", model, tmp_path, tokenizer, max_steps=40, repair_lora=rank)
+        alike = {"max_steps": 40, "recalibrations": 0}  # the same thresholds with it and without
+        trainer = trainer_of("spon", model, tmp_path, tokenizer, repair_lora=rank, **alike)
         kl[rank] = trainer.train().metrics["kl_after"]
         after = {name.replace("base_layer.", ""): value for name, value in state(trainer.model).items()}
         changed = {name for name, value in before.items() if not torch.equal(value, after[name])}

@@ -21,7 +21,7 @@ from test_killed_saving import forked
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, dense_mode, evaluate
+from peft_spon import SponConfig, SponTrainer, SponTrainingConfig, calibrate, dense_mode, evaluate
 from peft_spon.comparison import Comparison
 from peft_spon.distillation import without_dropout
 from peft_spon.divergence import trained_parameters
@@ -289,7 +289,7 @@ def test_the_rates_rise_over_a_tenth_of_the_steps_and_over_none_of_a_short_train
 
 @pytest.mark.slow
 def test_thresholds_are_refitted_to_the_sparse_model_during_training(tmp_path, tokenizer):
-    trainer = make(tmp_path, tokenizer, max_steps=5, recalibrations=4)
+    trainer = make(tmp_path, tokenizer, max_steps=5)
     seen = []
 
     class Look(TrainerCallback):
@@ -305,6 +305,22 @@ def test_thresholds_are_refitted_to_the_sparse_model_during_training(tmp_path, t
     trainer = fixed
     trainer.train()
     assert len({tuple(row) for row in seen}) == 1
+
+
+@pytest.mark.slow
+def test_a_layer_that_few_tokens_reach_keeps_its_threshold_in_training(tmp_path, tokenizer):
+    """An expert, say: the first token of every row alone goes through the MLPs."""
+    model = get_peft_model(MODELS["llama"](), SponConfig(sparsity=0.6))
+    calibrate(model, [{"input_ids": torch.randint(3, VOCAB, (8, 64))}], progress=False)
+    before = {name: layer.spon_threshold["default"].item() for name, layer in spon_layers(model).items()}
+    for module in model.modules():
+        if type(module).__name__ == "LlamaMLP":
+            module.forward = lambda x, own=module.forward: torch.cat([own(x[:, :1]), x[:, 1:]], 1)
+    make(tmp_path, tokenizer, model, max_steps=5).train()
+    kept = {
+        name for name, layer in spon_layers(model).items() if layer.spon_threshold["default"].item() == before[name]
+    }
+    assert kept == {name for name in before if ".mlp." in name}
 
 
 def test_nan_stops_training_and_the_last_good_anchors_are_saved(tmp_path, tokenizer):
