@@ -404,3 +404,10 @@ def test_speed_is_of_all_tokens_though_the_model_ends_its_text(llama):
     for problem, sizes in (("new_tokens is 1: the first comes", (1, 2)), ("rounds is 0", (5, 0))):
         with pytest.raises(ValueError, match=problem):
             measure_speed({"a": lambda: llama}, ids, *sizes)
+
+
+def test_speed_with_arguments_of_generate(llama):
+    seen, plain = [], llama.generate
+    llama.generate = lambda **given: (seen.append(given["cache_implementation"]), plain(**given))
+    measure_speed({"a": lambda: llama}, inputs("llama")["input_ids"], 3, 1, cache_implementation="static")
+    assert seen == ["static"] * 2
