@@ -64,7 +64,8 @@ def _collated(trainer: Trainer, tokens: int) -> Iterator[dict[str, Any]]:
     seen = 0
     for batch in loader(trainer, trainer.train_dataset):
         yield {key: value for key, value in batch.items() if key != "labels"}
-        seen += batch["input_ids"].numel() * trainer.accelerator.num_processes
+        # Summed, so that all processes stop at the same batch, however much padding theirs have.
+        seen += int(trainer.accelerator.reduce(torch.tensor(batch["input_ids"].numel(), device=trainer.args.device)))
         if seen >= tokens:
             return
 

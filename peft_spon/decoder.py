@@ -13,7 +13,7 @@ from .criteria import Sparsifier, State
 from .int8 import Int8Weight, version_of
 from .kernels import DTYPES, MOST_ROWS, bind_threshold_gemv, make_ready, skips, sparse_gemv, threshold_gemv
 from .repair import add
-from .transposed import Wrap, lay_out, restore_weight, transpose_weight
+from .transposed import Wrap, can_transpose, lay_out, restore_weight, transpose_weight
 
 
 class Running(NamedTuple):
@@ -164,7 +164,7 @@ class Decoding:
         raise NotImplementedError
 
     def weight_t_now(self) -> torch.Tensor:
-        """W^T, shape (in, out), of a layer that is laid out for decoding and has no LoRA beneath."""
+        """W^T, shape (in, out), of a layer that has no LoRA beneath."""
         raise NotImplementedError
 
     def is_sparse_from_the_first(self, name: str | None) -> bool:
@@ -172,9 +172,14 @@ class Decoding:
         return self._every_token or self.settings(name).prefill in ("sparse", 0)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Whatever is set here may be what the decoder was made for: the adapters in use, a switch, a dial."""
+        """Whatever is set here may be what the decoder was made for: the adapters in use, a switch, a dial.
+
+        So lists and dicts that say what a layer computes are replaced, never changed in place.
+        """
+        is_new = vars(self).get(name, self) is not value
         super().__setattr__(name, value)
-        vars(self)["settled"] = None
+        if is_new:
+            vars(self)["settled"] = None
 
     def decode_step(self, x: torch.Tensor) -> torch.Tensor | None:
         """The layer's output where x is the input of a decode step that the decoder serves, else None."""
@@ -197,25 +202,34 @@ class Decoding:
     def right_decoder(self, is_compiling: bool) -> Decoder | None:
         """The decoder of what the layer computes now, made where there is none; compiled code makes none."""
         decoder = self.decoder
-        if self.settled is not None and decoder.is_fresh():
-            return decoder
+        if not is_compiling and decoder is not None and decoder.constants is not None:
+            # Both of one decoder: another thread may be about to put a new one there.
+            if self.settled is decoder.constants and decoder.is_fresh():
+                return decoder
         if (running := self.running_now()) is None:
             return None
-        if decoder is None or decoder.running != running or not (is_compiling or decoder.is_fresh()):
-            if is_compiling:
-                return None
-            if self.decode_dtype is None:
-                lay_out(self.plain_layer())  # another weight may have been put there
+        core = self.plain_layer()
+        is_right = decoder is not None and decoder.running == running and decoder.weight is core.weight
+        if is_compiling:
+            return decoder if is_right else None
+        if not (is_right and decoder.is_fresh()):
+            if self.decode_dtype is None:  # another weight or layer may have been put there
+                if can_transpose(core, self.wrap):
+                    transpose_weight(core, self.wrap)
+                else:
+                    lay_out(core)
             decoder = self.decoder = self.make_decoder(running)
-        if not is_compiling:
-            self.settle()
+        self.settle(decoder)
         return decoder
 
-    def settle(self) -> None:
-        """Note that the decoder is right."""
-        decoder = self.decoder
+    def settle(self, decoder: Decoder) -> None:
+        """Note that a decoder is right."""
         if decoder.constants is not None and self.is_sparse_from_the_first(decoder.running.names[0]):
             vars(self)["settled"] = decoder.constants
+            # Looked at once more: a switch that another thread has set meanwhile would be forgotten.
+            still = self.running_now() == decoder.running
+            if not (still and self.is_sparse_from_the_first(decoder.running.names[0])):
+                vars(self)["settled"] = None
 
     def int8_weight(self) -> Int8Weight | None:
         """The copy of W in 8 bits, where the layer is prepared so, made anew where W has changed.
@@ -246,7 +260,7 @@ class Decoding:
             self.is_prepared, self.decode_dtype = True, weight_dtype
         if (running := self.running_now()) is not None:
             self.decoder = self.make_decoder(running)
-            self.settle()
+            self.settle(self.decoder)
 
     def restore_decode(self) -> None:
         """Undo [`Decoding.prepare_decode`]."""

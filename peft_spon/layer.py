@@ -165,8 +165,8 @@ class SponLayer(BaseTunerLayer):
             getattr(self, f"spon_{name}")[adapter_name] = tensor
         settings = self.spon_settings[adapter_name]
         if calibrated is not None:
-            sparsifier = replace(settings.sparsifier, calibrated=calibrated)
-            self._set_settings(adapter_name, replace(settings, sparsifier=sparsifier))
+            settings = replace(settings, sparsifier=replace(settings.sparsifier, calibrated=calibrated))
+        self._set_settings(adapter_name, settings)  # the same or not: a prepared layer is to know of the tensors
 
     def _make_container(self, name: str) -> None:
         if name not in self.state_names:

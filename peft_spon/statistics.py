@@ -246,10 +246,14 @@ class Zeros(Observer):
         return sum(shares[name] * weights[name] for name in weights) / sum(weights.values())
 
 
+class NotFinite(ValueError):
+    """A layer's input had NaN or infinite entries."""
+
+
 def check_seen(name: str, total: int, non_finite: int) -> None:
-    """Raises `ValueError` if a layer's input had NaN or infinite entries, or there was none."""
+    """Raises `NotFinite` if a layer's input had NaN or infinite entries, `ValueError` if there was none."""
     if non_finite:
-        raise ValueError(
+        raise NotFinite(
             f"{non_finite} of {total} entries of the input of layer '{name}' are NaN or infinite; check the model's "
             "weights and dtype (fp16 overflows, bf16 does not). Nothing was changed."
         )

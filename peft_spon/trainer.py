@@ -53,7 +53,7 @@ from .modes import differentiable
 from .results import known_results, remember_results
 from .resume import whole_checkpoint_for_all
 from .sites import adapter_config, resolve_adapter, spon_layers
-from .statistics import Removed, removed_by_s
+from .statistics import NotFinite, Removed, removed_by_s
 from .trainer_config import SponTrainingConfig, check_arguments
 
 
@@ -63,6 +63,9 @@ logger = logging.get_logger(__name__)
 REPORT, REPORT_TOKENS = "report.html", 8192
 # Tokens on which the scale of the learning rates is measured.
 SCALE_TOKENS = 2048
+REFITTED = (
+    " (Thresholds were fitted anew on the way: where they had zeroed less than was asked for, it rises by that.)"
+)
 DENSE_BROKEN = "and the dense model's log-likelihood is not finite either"
 
 
@@ -165,6 +168,7 @@ class SponTrainer(DistillingTrainer):
         self._removed: dict[str, Removed] = {}
         self._step_sums = torch.zeros(5, device=self.accelerator.device)
         self._watch = DivergenceWatch()
+        self._threshold_batches: list[dict[str, Any]] = []
         self._compared: Comparison | None = None
         self.add_callback(_TrainingEvents(self))
 
@@ -224,6 +228,8 @@ class SponTrainer(DistillingTrainer):
         """Thresholds where they are missing, and the scale of the learning rates."""
         config = adapter_config(self.model, self.adapter_name)
         is_whole = not self._is_sharded() or not any(p.is_meta or p.numel() == 0 for p in self.model.parameters())
+        if self._has_thresholds() and (self.args.recalibrations or not config.calibrated):
+            self._threshold_batches = self._find_threshold_batches()  # kept: a stream would have to begin anew
         if self._has_thresholds() and not config.calibrated:
             if not is_whole:
                 raise ValueError(
@@ -231,7 +237,8 @@ class SponTrainer(DistillingTrainer):
                     "calibrate(model, data) in one process, save the adapter, and train that."
                 )
             logger.info(f"calibrating on {self.args.calibration_tokens} tokens of the training data")
-            calibrate(self.model, **self._rows_for_thresholds())
+            progress = None if shows_progress(self) else False
+            calibrate(self.model, self._threshold_batches, adapter_name=self.adapter_name, progress=progress)
         if self.args.relative_learning_rate:
             if not is_whole:
                 raise ValueError(
@@ -247,18 +254,22 @@ class SponTrainer(DistillingTrainer):
     def _recalibrate(self) -> None:
         tokens = self.args.calibration_tokens
         logger.info(f"fitting the thresholds anew to the sparse model, on {tokens} tokens of the training data")
-        found = self._rows_for_thresholds()
-        batches = iter_batches(**{key: found[key] for key in ("data", "batch_size", "max_length", "max_tokens")})
         name = self.adapter_name
         layers = {key: layer for key, layer in spon_layers(self.model).items() if name in layer.spon_settings}
-        refit_thresholds(self.model, batches, layers, name, progress=False)
+        try:
+            refit_thresholds(self.model, self._threshold_batches, layers, name, progress=False)
+        except NotFinite as error:
+            self._stop(f"After step {self.state.global_step} {error}".rstrip("."))
 
-    def _rows_for_thresholds(self) -> dict[str, Any]:
-        """Arguments of `calibrate`; a data set in random order, as it is trained on: its first rows may be alike."""
+    def _find_threshold_batches(self) -> list[dict[str, Any]]:
+        """`calibration_tokens` of the training data."""
         found = calibration_data(self, self.args.calibration_tokens)
         if isinstance(found["data"], Dataset):
+            # In random order, as it is trained on: its first rows may be alike.
             found["data"] = found["data"].shuffle(seed=self.args.seed)
-        return found
+        keys = ("data", "batch_size", "max_length", "max_tokens")
+        with torch.random.fork_rng(devices=[]):  # a loader draws a seed; what is trained does not depend on it
+            return list(iter_batches(**{key: found[key] for key in keys}))
 
     def _has_thresholds(self) -> bool:
         return adapter_config(self.model, self.adapter_name).make_criterion().selects == "threshold"
@@ -298,9 +309,11 @@ class SponTrainer(DistillingTrainer):
         if problem := self._watch.look_at_end(after, before, kind):
             self._stop(problem)
         if rises(after, before):
+            has_refitted = self.args.recalibrations and self._has_thresholds()
             logger.warning(
                 f"TRAINING MADE THE SPARSE MODEL WORSE: its KL to the dense model on {kind} data rose from "
                 f"{before:.4f} to {after:.4f}. Lower learning_rate and gain_learning_rate, or train longer."
+                f"{REFITTED if has_refitted else ''}"
             )
         else:
             logger.info(f"KL to the dense model on {kind} data: {before:.4f} before, {after:.4f} after training")

@@ -44,7 +44,8 @@ class SponTrainingConfig(SFTConfig):
         temperature (`float`, *optional*, defaults to `1.0`):
             Divides the logits of teacher and student in the KL divergence.
         calibration_tokens (`int`, *optional*, defaults to `8192`):
-            Tokens of the training data on which an adapter without thresholds is calibrated before the first step.
+            Tokens of the training data on which an adapter without thresholds is calibrated before the first step,
+            and on which thresholds are fitted anew.
         recalibrations (`int`, *optional*, defaults to `4`):
             How often, evenly spread over the training, the thresholds are fitted anew to the activations of the
             sparse model as it is by then, on `calibration_tokens` of the training data. What a layer sees changes with
@@ -85,7 +86,7 @@ class SponTrainingConfig(SFTConfig):
         default=8192,
         metadata={
             "help": "Tokens of the training data on which an adapter without thresholds is calibrated before the "
-            "first step."
+            "first step, and on which thresholds are fitted anew."
         },
     )
     recalibrations: int = field(

@@ -4,6 +4,7 @@
 
 import copy
 import math
+import threading
 from functools import partial
 
 import pytest
@@ -27,6 +28,7 @@ from peft_spon import (
     restore_from_decode,
     without_anchors,
 )
+from peft_spon.linear import SponLinear
 from peft_spon.repair import Repair
 from peft_spon.sites import sites
 
@@ -303,6 +305,17 @@ def bias_put_there(model):
             layer.base_layer.bias = torch.nn.Parameter(torch.ones(layer.out_features))
 
 
+def another_layer(model):
+    torch.manual_seed(9)
+    for layer in sites(model).values():
+        layer.base_layer = nn.Linear(layer.in_features, layer.out_features, bias=False)
+
+
+def thresholds_put_there(model):
+    for layer in sites(model).values():
+        layer.set_state("default", {"threshold": 2 * layer.spon_threshold["default"]})
+
+
 CHANGES = {
     "dial": lambda model: model.set_sparsity(0.8),
     "anchors by hand": change_anchors,
@@ -318,7 +331,9 @@ CHANGES = {
     "lora": lora_beneath,
     "lora merged": lora_merged,
     "bias put there": bias_put_there,
-    "other dtype": lambda model: model.double().float(),
+    "other dtype": lambda model: model.bfloat16().float(),
+    "another layer": another_layer,
+    "thresholds put there": thresholds_put_there,
     "copied": lambda model: None,
 }
 
@@ -544,6 +559,9 @@ def test_compiled_steps_follow_changes(change):
         CHANGES[change](model)
     with torch.no_grad():
         wanted = plain(token, use_cache=False).logits
+        if change == "copied":
+            inner = copy.deepcopy(inner)
+            compiled = torch.compile(inner, backend="eager")
         if change in UNTOLD:
             inner(token, use_cache=False)
         for _ in range(2):
@@ -558,16 +576,61 @@ def test_compiled_steps_follow_modes(mode, kind):
     torch._dynamo.reset()
     plain, prepared = (model_of(kind, prefill="dense" if mode is every_token_sparse else "sparse") for _ in range(2))
     prepared.prepare_for_decode()
-    text = torch.tensor([[5, 6, 7]])
-    compiled = torch.compile(prepared.base_model.model if kind == "adapter" else prepared, backend="eager")
+    text, graphs = torch.tensor([[5, 6, 7]]), []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(prepared.base_model.model if kind == "adapter" else prepared, backend=backend)
     with torch.no_grad():
-        for _ in range(2):
+        for number in range(4):
+            if number == 3:
+                graphs.clear()
             wanted = plain(text, use_cache=False).logits
             assert torch.allclose(compiled(text, use_cache=False).logits, wanted, atol=1e-4)
             with mode(plain), mode(prepared):
                 inside = plain(text, use_cache=False).logits
                 assert not torch.allclose(inside, wanted, atol=1e-3)
                 assert torch.allclose(compiled(text, use_cache=False).logits, inside, atol=1e-4)
+    assert not graphs, "compiled at every turn"
+
+
+def test_a_switch_of_another_thread_while_constants_are_made(monkeypatch):
+    model = adapter_model()
+    model.prepare_for_decode()
+    with dense_mode(model):
+        wanted = logits(model, "llama")
+    model.set_sparsity(0.6)  # all constants are to be made anew
+    target, plain, mode = sites(model)["model.layers.0.mlp.down_proj"], SponLinear.make_decoder, dense_mode(model)
+
+    def meanwhile(layer, running):
+        decoder = plain(layer, running)
+        if layer is target:
+            thread = threading.Thread(target=mode.__enter__)
+            thread.start()
+            thread.join()
+        return decoder
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SponLinear, "make_decoder", meanwhile)
+        logits(model, "llama")
+    assert torch.equal(logits(model, "llama"), wanted)
+    mode.__exit__(None, None, None)
+
+
+def test_a_decoder_that_another_thread_is_about_to_replace():
+    model = adapter_model()
+    model.prepare_for_decode()
+    layer, x = sites(model)["model.layers.0.mlp.down_proj"], torch.randn(1, 1, 64)
+    with torch.no_grad():
+        wanted, constants = layer(x), layer.settled
+        assert constants is not None
+        model.eval()
+        assert layer.settled is constants, "nothing has changed"
+        layer.decoder = None
+        vars(layer)["settled"] = constants
+        assert torch.equal(layer(x), wanted)
 
 
 @pytest.mark.slow

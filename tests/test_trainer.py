@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from distributed_worker import texts, train
 from models import MODELS, VOCAB, logits
 from peft import PeftModel, get_peft_model
@@ -338,6 +338,39 @@ def test_nan_stops_training_and_the_last_good_anchors_are_saved(tmp_path, tokeni
     loaded = PeftModel.from_pretrained(MODELS["llama"](), tmp_path / "last-good").eval()
     assert logits(loaded, "llama").isfinite().all()
     assert torch.equal(logits(loaded, "llama"), logits(trainer.model.eval(), "llama"))
+
+
+@pytest.mark.slow
+def test_an_overflow_that_fitting_thresholds_sees_first(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, max_steps=10)
+
+    class Overflow(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                next(iter(spon_layers(trainer.model).values())).spon_anchor["default"].data.fill_(3e38)
+
+    trainer.callback_handler.callbacks.insert(0, Overflow())
+    with pytest.raises(TrainingDiverged, match=r"After step 2 .*NaN or infinite.*last-good.*learning_rate"):
+        trainer.train()
+    assert all(p.abs().max() < 1e3 for p in trained_parameters(trainer.model))
+    assert (tmp_path / "last-good" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_stream_is_not_begun_anew_for_thresholds(tmp_path, tokenizer):
+    begun = {}
+    for count in (0, 4):
+        passes = []
+
+        def rows(passes=passes):
+            passes.append(1)
+            yield from texts()
+
+        data = IterableDataset.from_generator(rows)
+        trainer = make(tmp_path, tokenizer, data=data, max_steps=10, recalibrations=count, calibration_tokens=64)
+        trainer.train()
+        begun[count] = len(passes)
+    assert begun[4] == begun[0]
 
 
 def test_divergence_is_judged_on_the_data_that_is_trained_on_once_a_step(tmp_path, tokenizer):
