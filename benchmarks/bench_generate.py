@@ -60,6 +60,14 @@ PRESETS = {
         "head_dim": 128,
         "vocab_size": 4096,
     },
+    "deep": {  # as many layers as an 8 B model, none of which takes long: what is around them
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+    },
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 128,
