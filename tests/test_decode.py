@@ -571,6 +571,29 @@ def test_compiled_steps_follow_changes(change):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_steps_that_generate_compiles(kind):
+    """As on a GPU: one graph, whatever is generated after it, and with another dial the right tokens."""
+    torch._dynamo.reset()
+    plain, prepared, graphs = model_of(kind), model_of(kind), []
+    prepared.prepare_for_decode()
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    how = tf.CompileConfig(backend=backend, mode=None)
+    how._compile_all_devices = True
+    static = {"cache_implementation": "static"}
+    for sparsity in (0.5, 0.5, 0.6) if kind == "adapter" else (None, None):
+        for model in (plain, prepared) if sparsity else ():
+            model.set_sparsity(sparsity)
+        wanted = tokens(plain, **static, disable_compile=True)
+        assert tokens(prepared, **static, compile_config=how).tolist() == wanted.tolist()
+        assert len(graphs) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
 @pytest.mark.parametrize("mode", [dense_mode, without_anchors, every_token_sparse])
 def test_compiled_steps_follow_modes(mode, kind):
     torch._dynamo.reset()
