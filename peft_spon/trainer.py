@@ -23,7 +23,7 @@ from .calibration import calibrate, refit_thresholds
 from .cards import CITATION, TITLE, trainer_card
 from .comparison import Comparison
 from .config import SponConfig
-from .data import check_training_data, iter_batches
+from .data import check_training_data, count_tokens, iter_batches
 from .distillation import SelfDistillation, noisy_embedding, without_dropout
 from .distilling import DistillingTrainer
 from .divergence import (
@@ -237,8 +237,13 @@ class SponTrainer(DistillingTrainer):
                     "calibrate(model, data) in one process, save the adapter, and train that."
                 )
             logger.info(f"calibrating on {self.args.calibration_tokens} tokens of the training data")
-            progress = None if shows_progress(self) else False
-            calibrate(self.model, self._threshold_batches, adapter_name=self.adapter_name, progress=progress)
+            calibrate(
+                self.model,
+                self._threshold_batches,
+                adapter_name=self.adapter_name,
+                max_tokens=sum(map(count_tokens, self._threshold_batches)),  # all of them; the bar knows its end
+                progress=None if shows_progress(self) else False,
+            )
         if self.args.relative_learning_rate:
             if not is_whole:
                 raise ValueError(
