@@ -116,7 +116,7 @@ def main() -> None:
     if args.held_out is not None:
         kinds["code"] = list(stdlib_texts("held_out").values())
 
-    print("| trained on | evaluated on | KL before | KL | top-1 before | top-1 | realised |\n|" + 7 * "---|")
+    print("| trained on | evaluated on | KL, anchors off | on | top-1, off | on | realised |\n|" + 7 * "---|")
     for source, rows in sources.items():
         model = trained(base, tokenizer, rows, args)
         for kind, data in kinds.items():

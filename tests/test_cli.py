@@ -699,6 +699,19 @@ def test_a_study_never_goes_on_with_other_data(tmp_path):
     assert study.compare(base, *parts[:2], word_tokenizer(), grid, path, small)["rows"] == found["rows"]
 
 
+@pytest.mark.slow
+def test_what_a_study_calls_not_trained_is_measured_before_the_training(tmp_path):
+    """The training fits thresholds anew, so afterwards it would be another S."""
+    base, plain = AutoModelForCausalLM.from_pretrained("llama"), []
+    parts = [words(120, seed).split("\n\n") for seed in range(2)]
+    for steps in (0, 5):
+        protocol = study.Protocol(steps, 1, 8, calibration_tokens=64, allocation_tokens=32, eval_tokens=64)
+        grid = study.cases(["magnitude"], [0.6])
+        found = study.compare(base, *parts, word_tokenizer(), grid, tmp_path / f"{steps}.json", protocol)
+        plain.append([row for row in without_minutes(found["rows"]) if not row["repaired"]])
+    assert plain[0] == plain[1]
+
+
 def test_a_study_never_fits_on_what_it_measures_on(tmp_path):
     base = AutoModelForCausalLM.from_pretrained("llama")
     with pytest.raises(ValueError, match="1 texts are both fitted on and measured on"):

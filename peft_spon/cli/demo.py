@@ -139,8 +139,8 @@ def demo(
     result = evaluate(spon, held_out, tokenizer, max_tokens=eval_tokens, **size)
     print(result)
     print(
-        f"KL to dense: magnitude sparsity {magnitude.sparse.kl:.4f}, allocated {result.sparse.kl:.4f}, with anchors "
-        f"{result.anchored.kl:.4f}."
+        f"KL to dense: magnitude sparsity {magnitude.sparse.kl:.4f}, ours without anchors "
+        f"{result.sparse.kl:.4f}, with anchors {result.anchored.kl:.4f}."
     )
     damage = magnitude.sparse.perplexity - magnitude.dense.perplexity
     removed = (magnitude.sparse.perplexity - result.anchored.perplexity) / damage
