@@ -287,7 +287,17 @@ class Decoding:
 
 
 def settled_step(constants: tuple, weight_t: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
-    """A layer's output of x (..., in) from a decoder's constants; None: x is not what they serve."""
+    """
+    A decode step with S in the kernel, of nothing but its constants.
+
+    Args:
+        constants (`tuple`): `Decoder.constants`.
+        weight_t (`torch.Tensor`): W^T, shape (in, out), dtype of x, or int8.
+        x (`torch.Tensor`): the layer's input, shape (..., in).
+
+    Returns:
+        `torch.Tensor`: y, shape (..., out), dtype of x; None: x has another dtype, device or width, or too many rows.
+    """
     most_entries, dtype, _, weight_scale, tau, column_scale, relative, gain, bias = constants
     fits = x.dtype is dtype and x.device == weight_t.device and x.shape[-1] == weight_t.shape[0]
     if not fits or not 0 < x.numel() <= most_entries:
